@@ -1,0 +1,324 @@
+"""The configuration of a run: nested frozen dataclasses, validated when built.
+
+Every field has one meaning and one unit; choices are `Literal`s. The command line of
+`scripts/run_acme.py` is generated from these classes, and the resolved configuration is
+written to the run directory. Presets live in `acme_jax.presets`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, Literal, get_args
+
+Distribution = Literal["iid", "c2", "c3", "c4", "dirichlet"]
+SelectionRule = Literal["paper", "trade_off", "nearest_ideal", "lowest_error"]
+Similarity = Literal["flat", "per_dimension", "sliced"]
+DatasetName = Literal["mnist5k", "digits", "fashion_mnist"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message says how to mend it."""
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _check(value > 0, f"{type(owner).__name__}.{name} must be positive, got {value}")
+
+
+def _check_choice(owner: object, name: str, alias: Any) -> None:
+    value, choices = getattr(owner, name), get_args(alias)
+    _check(
+        value in choices,
+        f"{type(owner).__name__}.{name} is {value!r}; expected one of {', '.join(choices)}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are divided. All parts are disjoint."""
+
+    name: DatasetName = "mnist5k"
+    path: str | None = None
+    """Directory of the idx files (`fashion_mnist` only); found by itself when None."""
+    public_train: int = 2000
+    """Images the cloud and the edges train on."""
+    public_select: int = 400
+    """Images for every choice: importance, search, header. Never trained on."""
+    public_test: int = 500
+    """Images only the final evaluation reads."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "name", DatasetName)
+        _check_positive(self, "public_train", "public_select", "public_test")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The full Vision Transformer (the largest sub-network of the supernet)."""
+
+    patch_size: int = 7
+    embed_dim: int = 64
+    num_layers: int = 6
+    num_heads: int = 4
+    num_neurons: int = 256
+    """Hidden units of each MLP."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "patch_size", "embed_dim", "num_layers", "num_heads", "num_neurons")
+        _check(
+            self.embed_dim % self.num_heads == 0,
+            f"ModelConfig.embed_dim ({self.embed_dim}) must be a multiple of num_heads "
+            f"({self.num_heads})",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """AdamW with linear decay (after an optional warm-up) for one training phase."""
+
+    epochs: int = 25
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    warmup_fraction: float = 0.1
+    logit_loss: float = 1.0
+    """Distillation only: coefficient of the soft cross-entropy (lambda 1)."""
+    hidden_loss: float = 0.1
+    """Distillation only: coefficient of the hidden-state term (lambda 2)."""
+    max_shift: int = 2
+    """Augmentation: each image moves by up to this many pixels."""
+    shards: int = 2
+    """Parts of a batch whose gradients are added in a fixed order. At most this many
+    devices share a batch; the result does not depend on how many do."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "epochs", "batch_size", "learning_rate", "clip_norm", "shards")
+        _check(
+            0.0 <= self.warmup_fraction < 1.0,
+            f"TrainConfig.warmup_fraction must be in [0, 1), got {self.warmup_fraction}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """Pareto search over sub-networks (NSGA-II) and the choice from its archive."""
+
+    population_size: int = 48
+    num_generations: int = 20
+    rule: SelectionRule = "trade_off"
+    num_divisions: int = 10
+    """Cells of the Pareto Front Grid along each objective."""
+    per_layer: bool = True
+    """Search heads and neurons per layer; False searches the uniform 4 x 4 grid."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "rule", SelectionRule)
+        _check_positive(self, "population_size", "num_generations", "num_divisions")
+        _check(
+            self.population_size % 2 == 0,
+            f"SearchConfig.population_size must be even, got {self.population_size}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FleetConfig:
+    """Edges, their devices, the devices' limits and their data."""
+
+    num_edges: int = 3
+    devices_per_edge: int = 5
+    budgets: tuple[float, ...] = (0.3, 0.55, 1.0)
+    """Size limit of each edge's devices as a fraction of the full model's bytes. Shorter
+    tuples repeat. Devices of one edge differ by up to `budget_spread` above it."""
+    budget_spread: float = 0.2
+    distribution: Distribution = "c3"
+    """How labels differ between devices: the paper's IID, C2, C3, C4, or Dirichlet."""
+    dirichlet_alpha: float = 0.5
+    samples_per_device: int = 160
+    """Upper limit; label groups that many devices share give each of them fewer."""
+    test_fraction: float = 0.4
+    """Part of each device's samples kept for its final evaluation."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "distribution", Distribution)
+        _check_positive(
+            self, "num_edges", "devices_per_edge", "dirichlet_alpha", "samples_per_device"
+        )
+        _check(
+            self.budget_spread >= 0,
+            f"FleetConfig.budget_spread must not be negative, got {self.budget_spread}",
+        )
+        _check(len(self.budgets) > 0, "FleetConfig.budgets is empty; give at least one number")
+        _check(
+            all(b > 0 for b in self.budgets),
+            f"FleetConfig.budgets must be positive fractions, got {self.budgets}",
+        )
+        _check(
+            0.0 < self.test_fraction < 1.0,
+            f"FleetConfig.test_fraction must be in (0, 1), got {self.test_fraction}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class HeaderConfig:
+    """The edge's header search (ENAS with an LSTM controller)."""
+
+    channels: int = 32
+    blocks: int = 2
+    """B: blocks of a cell."""
+    repeats: int = 1
+    """U: the cell is stacked U + 2 times (as the original code does)."""
+    search_epochs: int = 8
+    """Epochs of shared-weight training, a fresh cell each batch."""
+    controller_steps: int = 40
+    """REINFORCE updates after each epoch."""
+    num_candidates: int = 16
+    """Cells sampled from the trained controller and ranked on the select split."""
+    final_epochs: int = 10
+    """Epochs of training the chosen cell."""
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    proxy_fraction: float = 0.5
+    """Part of the public training images that the edge holds as its shared data."""
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            self,
+            "channels",
+            "blocks",
+            "repeats",
+            "search_epochs",
+            "controller_steps",
+            "num_candidates",
+            "final_epochs",
+            "batch_size",
+            "learning_rate",
+        )
+        _check(
+            0.0 < self.proxy_fraction <= 1.0,
+            f"HeaderConfig.proxy_fraction must be in (0, 1], got {self.proxy_fraction}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RefineConfig:
+    """The device-edge loop: local training, importance sets, pruning."""
+
+    rounds: int = 10
+    batch_size: int = 16
+    learning_rate: float = 0.02
+    momentum: float = 0.5
+    weight_decay: float = 1e-4
+    prune_per_round: int = 10
+    """N: exactly this many further gates are pruned each round."""
+    similarity: Similarity = "per_dimension"
+    temperature: float = 0.02
+    """tau of the softmax over similarities; 1 is the original code's."""
+    smoothing: float = 0.9
+    """Weight of the past in the device's smoothed importance."""
+    num_quantiles: int = 32
+    """Quantiles per feature in the distribution sketch."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "similarity", Similarity)
+        _check_positive(
+            self, "rounds", "batch_size", "learning_rate", "temperature", "num_quantiles"
+        )
+        _check(self.prune_per_round >= 0, "RefineConfig.prune_per_round must not be negative")
+        for name in ("momentum", "smoothing"):
+            value = getattr(self, name)
+            _check(0.0 <= value < 1.0, f"RefineConfig.{name} must be in [0, 1), got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the work is laid out on the hardware; results do not depend on it."""
+
+    num_devices: int | None = None
+    """JAX devices to use; None: every accelerator, or one host device per CPU core."""
+    client_chunk: int | None = None
+    """Clients in one vmapped chunk; None chooses by backend (CPU: 1)."""
+    checkpoint_every: int = 5
+    """Epochs or rounds between checkpoints inside a phase."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "checkpoint_every")
+        for name in ("num_devices", "client_chunk"):
+            value = getattr(self, name)
+            _check(
+                value is None or value > 0, f"ComputeConfig.{name} must be positive, got {value}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that determines a run."""
+
+    preset: str = "mnist5k"
+    seed: int = 0
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    reference: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    width: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    depth: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+    fleet: FleetConfig = dataclasses.field(default_factory=FleetConfig)
+    header: HeaderConfig = dataclasses.field(default_factory=HeaderConfig)
+    refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        _check(self.seed >= 0, f"Config.seed must not be negative, got {self.seed}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionary, JSON-ready."""
+        return dataclasses.asdict(self)
+
+    def fingerprint(self) -> str:
+        """Identifies the experiment: equal for configurations with equal results.
+
+        The compute layout is left out, because results do not depend on it.
+        """
+        plain = self.to_dict()
+        plain.pop("compute")
+        text = json.dumps(plain, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def from_dict(plain: dict[str, Any]) -> Config:
+    """Inverse of `Config.to_dict`; unknown keys are errors.
+
+    Raises:
+      ConfigError: an unknown key or an invalid value.
+    """
+    return _build(Config, plain, "")
+
+
+def _build(cls: Any, plain: dict[str, Any], prefix: str) -> Any:
+    _check(
+        isinstance(plain, dict),
+        f"configuration section {prefix.rstrip('.') or 'root'} must be a mapping, got {plain!r}",
+    )
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(plain) - set(fields))
+    _check(
+        not unknown,
+        f"unknown configuration key {prefix}{unknown[0] if unknown else ''}; "
+        f"known keys here: {', '.join(fields)}",
+    )
+    values = {}
+    for name, value in plain.items():
+        section = fields[name].default_factory
+        if dataclasses.is_dataclass(section):
+            values[name] = _build(section, value, f"{prefix}{name}.")
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)

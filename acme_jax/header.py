@@ -1,0 +1,291 @@
+"""The cell header on a backbone's tokens, in two forms with the same arithmetic.
+
+* The search supernet (`init_shared`, `apply_shared`) holds weights for every operation on every
+  node; the cell is a traced argument and `lax.switch` runs only the chosen operations. Loop over
+  cells with `lax.scan` or `lax.map`: `vmap` would compute every branch.
+* The chosen header (`extract` or `init`, then `apply`) holds the used weights only; the cell is
+  static. Its gates can be pruned.
+
+Structure (ENAS micro search; ACME, ICDCS 2025, header generation): a 1 x 1 stem with norm, then
+one cell stacked `num_layers` times with weights of its own in each layer, whose inputs are the
+outputs of the two layers before (at first both the stem), then ReLU, global average pool and
+a linear classifier. Deviations: LayerNorm over channels instead of BatchNorm; loose ends have one
+[C, C] matrix for each node, so that a node's weights do not move when other nodes come and go;
+no channel dropout.
+
+Gate points, C channels each, in the order of the flat gate vector [G]: the stem; then for each
+layer, both norms of every separable convolution in block order (x before y), and the layer's
+output. Layers are stacked leaves [L, ...]; the supernet scans over them, the chosen header
+unrolls them, which runs faster and compiles as fast at these depths.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from acme_jax import header_ops
+from acme_jax.header_layout import (
+    GateLayout,
+    GatePoint,
+    HeaderDims,
+    check_cell,
+    gate_layout,
+    num_flops,
+    num_gates,
+    num_params,
+    slot_genes,
+    weighted_slots,
+)
+from nas import cells
+from nas.cells import OPS, Cell, StaticCell
+
+Params = dict[str, Any]
+
+
+__all__ = [
+    "GateLayout",
+    "GatePoint",
+    "HeaderDims",
+    "apply",
+    "apply_linear",
+    "apply_shared",
+    "extract",
+    "gate_layout",
+    "init",
+    "init_linear",
+    "init_shared",
+    "num_flops",
+    "num_gates",
+    "num_params",
+]
+
+
+def init_shared(key: jax.Array, dims: HeaderDims) -> Params:
+    """Draws the search supernet's weights.
+
+    Operation leaves lead with [L, S, N]: layer, slot (2 * block + side) and input node; nodes
+    that a block cannot read keep unused weights, which makes all slots alike.
+    """
+    key, *op_keys = jax.random.split(key, 1 + len(header_ops.KERNEL_SIZES))
+    num_nodes = dims.blocks + 2
+    leading = (dims.num_layers, 2 * dims.blocks, num_nodes)
+    ops = {
+        OPS[op]: header_ops.init_sep(part, leading, size, dims.channels)
+        for part, (op, size) in zip(op_keys, header_ops.KERNEL_SIZES.items(), strict=True)
+    }
+    return {"ops": ops, **_init_frame(key, dims, num_nodes)}
+
+
+def apply_shared(params: Params, cell: Cell, dims: HeaderDims, features: jax.Array) -> jax.Array:
+    """Logits [B, num_classes] of the supernet with a traced cell; features [B, T, D]."""
+    ones = jnp.ones(dims.channels)
+    stem = _stem(params, dims, features, ones, ones)
+    loose = cells.loose_ends(cell)  # [N]
+    slots = jnp.arange(2 * dims.blocks)
+    genes = (cell.inputs.reshape(-1), cell.ops.reshape(-1), slots // 2 + 2)  # [S] each
+
+    def slot(nodes: jax.Array, step: Any) -> tuple[jax.Array, None]:
+        (node, op, target), weights = step
+        output = _switch(op, node, weights, nodes[node])
+        return nodes.at[target].add(output), None
+
+    def layer(carry: Any, weights: Params) -> tuple[Any, None]:
+        older, newer = carry
+        blank = jnp.zeros((dims.blocks, *stem.shape))
+        nodes = jnp.concatenate([older[None], newer[None], blank])  # [N, B, gh, gw, C]
+        nodes, _ = lax.scan(slot, nodes, (genes, weights["ops"]))
+        active = jax.nn.relu(nodes) * loose[:, None, None, None, None]
+        output = jnp.einsum("nbhwc,ncd->bhwd", active, weights["loose"]["kernel"])
+        return (newer, header_ops.norm(weights["loose"]["norm"], output, ones, ones)), None
+
+    stacked = {"ops": params["ops"], "loose": params["loose"]}
+    (_, last), _ = lax.scan(layer, (stem, stem), stacked)
+    return _classify(params, last)
+
+
+def extract(shared: Params, cell: StaticCell, dims: HeaderDims) -> Params:
+    """The chosen header's weights out of the supernet's; unused ones are left behind."""
+    genes = slot_genes(cell)
+    ops = {
+        str(slot): {
+            name: leaf[:, slot, genes[slot][0]] for name, leaf in shared["ops"][OPS[op]].items()
+        }
+        for slot, op in weighted_slots(check_cell(cell, dims))
+    }
+    loose = jnp.asarray(cells.static_loose_ends(cell))
+    kernel = shared["loose"]["kernel"][:, loose]
+    return {**shared, "ops": ops, "loose": {**shared["loose"], "kernel": kernel}}
+
+
+def init(key: jax.Array, cell: StaticCell, dims: HeaderDims) -> Params:
+    """Draws a chosen header's weights from scratch, with the structure of `extract`."""
+    slots = weighted_slots(check_cell(cell, dims))
+    key, *op_keys = jax.random.split(key, 1 + len(slots))
+    ops = {
+        str(slot): header_ops.init_sep(
+            part, (dims.num_layers,), header_ops.KERNEL_SIZES[op], dims.channels
+        )
+        for part, (slot, op) in zip(op_keys, slots, strict=True)
+    }
+    return {"ops": ops, **_init_frame(key, dims, len(cells.static_loose_ends(cell)))}
+
+
+def apply(
+    params: Params,
+    cell: StaticCell,
+    dims: HeaderDims,
+    features: jax.Array,
+    *,
+    gates: jax.Array | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Logits [B, num_classes] of a chosen header.
+
+    Args:
+      params: from `extract` or `init`.
+      cell: the chosen cell (static).
+      dims: sizes (static).
+      features: [B, T, D], T = grid_height * grid_width row-major tokens.
+      gates: [G] multiplies each gated channel after its norm; ones when None. A gate's
+        importance is the gradient here.
+      mask: [G] 0/1; a zero prunes the channel: it emits zero, leaves the norm's statistics and
+        gives its gate a zero gradient. Ones when None.
+
+    Raises:
+      ValueError: sizes that do not fit `dims` or the cell.
+    """
+    slots, genes = dict(weighted_slots(check_cell(cell, dims))), slot_genes(cell)
+    loose = cells.static_loose_ends(cell)
+    points = _gate_points(dims, cell, gates, mask)
+    stem = _stem(params, dims, features, points[0][0], points[1][0])
+    # [2, L, points of a layer, C]: gates, then masks
+    layers = points[:, 1:].reshape(2, dims.num_layers, -1, dims.channels)
+
+    def layer(carry: Any, step: Any) -> tuple[Any, None]:
+        weights, gate, keep = step
+        nodes, point = list(carry), 0
+        for block in range(dims.blocks):
+            sides = []
+            for slot in (2 * block, 2 * block + 1):
+                node, op = genes[slot]
+                if slot in slots:
+                    span = slice(point, point + 2)
+                    op_weights = weights["ops"][str(slot)]
+                    sides.append(header_ops.sep(op_weights, nodes[node], gate[span], keep[span]))
+                    point += 2
+                else:
+                    sides.append(header_ops.apply_plain(op, nodes[node]))
+            nodes.append(sides[0] + sides[1])
+        frame = weights["loose"]
+        mixed = [jax.nn.relu(nodes[n]) @ frame["kernel"][i] for i, n in enumerate(loose)]
+        output = header_ops.norm(frame["norm"], sum(mixed[1:], mixed[0]), gate[-1], keep[-1])
+        return (nodes[1], output), None
+
+    stacked = {"ops": params["ops"], "loose": params["loose"]}
+    (_, last), _ = lax.scan(
+        layer, (stem, stem), (stacked, layers[0], layers[1]), unroll=True
+    )
+    return _classify(params, last)
+
+
+def init_linear(key: jax.Array, embed_dim: int, num_classes: int) -> Params:
+    """Weights of the linear baseline header: norm [D] and classifier [D, num_classes]."""
+    return {
+        "norm": header_ops.init_norm((embed_dim,)),
+        "classifier": _init_classifier(key, embed_dim, num_classes),
+    }
+
+
+def apply_linear(params: Params, features: jax.Array) -> jax.Array:
+    """Logits [B, num_classes]: LayerNorm, mean over tokens, linear; features [B, T, D]."""
+    ones = jnp.ones(features.shape[-1])
+    pooled = header_ops.norm(params["norm"], features, ones, ones).mean(axis=1)
+    return _linear(params["classifier"], pooled)
+
+
+def _gate_points(
+    dims: HeaderDims, cell: StaticCell, gates: jax.Array | None, mask: jax.Array | None
+) -> jax.Array:
+    """[2, G / C, C]: gates, then masks."""
+    ones = jnp.ones(num_gates(dims, cell))
+    both = [ones if values is None else values for values in (gates, mask)]
+    for name, values in zip(("gates", "mask"), both, strict=True):
+        if values.shape != ones.shape:
+            raise ValueError(f"{name} has shape {values.shape}; this cell has {ones.shape[0]} gates")
+    return jnp.stack(both).reshape(2, -1, dims.channels)
+
+
+@jax.checkpoint
+def _switch(op: jax.Array, node: jax.Array, weights: Params, inputs: jax.Array) -> jax.Array:
+    """Runs one traced operation; weights lead with [N], inputs [B, gh, gw, C].
+
+    Recomputed in the backward pass: otherwise every branch's residuals would be stored, filled
+    with zeros, for each operation, which costs more than the operation. The separable
+    convolutions share one branch, their kernels padded to the largest, which halves the
+    compile time.
+    """
+    ones = jnp.ones((2, inputs.shape[-1]))
+    largest = max(header_ops.KERNEL_SIZES.values())
+    codes = list(header_ops.KERNEL_SIZES)
+
+    def load(code: int) -> Params:
+        leaves = {name: leaf[node] for name, leaf in weights[OPS[code]].items()}
+        margin = (largest - header_ops.KERNEL_SIZES[code]) // 2
+        border = ((0, 0), (margin, margin), (margin, margin), (0, 0))
+        return {**leaves, "depthwise": jnp.pad(leaves["depthwise"], border)}
+
+    def separable(grid: jax.Array) -> jax.Array:
+        which = jnp.argmax(jnp.asarray(codes) == op)
+        loaded = lax.switch(which, [functools.partial(load, code) for code in codes])
+        return header_ops.sep(loaded, grid, ones, ones)
+
+    plain = [code for code in range(len(OPS)) if code not in codes]
+    branches = [separable, *(functools.partial(header_ops.apply_plain, code) for code in plain)]
+    branch = jnp.asarray([0 if code in codes else 1 + plain.index(code) for code in range(len(OPS))])
+    return lax.switch(branch[op], branches, inputs)
+
+
+def _init_frame(key: jax.Array, dims: HeaderDims, num_loose: int) -> Params:
+    """Stem, loose-end matrices and classifier: all but the operations."""
+    stem_key, loose_key, classifier_key = jax.random.split(key, 3)
+    size, layers = dims.channels, dims.num_layers
+    kernel = jax.random.normal(stem_key, (dims.embed_dim, size)) / math.sqrt(dims.embed_dim)
+    loose = jax.random.normal(loose_key, (layers, num_loose, size, size)) * math.sqrt(2 / size)
+    return {
+        "stem": {"kernel": kernel, "norm": header_ops.init_norm((size,))},
+        "loose": {"kernel": loose, "norm": header_ops.init_norm((layers, size))},
+        "classifier": _init_classifier(classifier_key, size, dims.num_classes),
+    }
+
+
+def _init_classifier(key: jax.Array, size: int, num_classes: int) -> Params:
+    kernel = jax.random.normal(key, (size, num_classes)) / math.sqrt(size)
+    return {"kernel": kernel, "bias": jnp.zeros(num_classes)}
+
+
+def _stem(
+    params: Params, dims: HeaderDims, features: jax.Array, gate: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Tokens [B, T, D] to the grid [B, gh, gw, C]."""
+    tokens = dims.grid_height * dims.grid_width
+    if features.shape[1:] != (tokens, dims.embed_dim):
+        raise ValueError(
+            f"features have shape {features.shape}; expected [B, {tokens}, {dims.embed_dim}] "
+            f"for a grid of {dims.grid_height} x {dims.grid_width} (drop the class token)"
+        )
+    hidden = header_ops.norm(params["stem"]["norm"], features @ params["stem"]["kernel"], gate, mask)
+    return hidden.reshape(-1, dims.grid_height, dims.grid_width, dims.channels)
+
+
+def _linear(params: Params, inputs: jax.Array) -> jax.Array:
+    return inputs @ params["kernel"] + params["bias"][None]
+
+
+def _classify(params: Params, grid: jax.Array) -> jax.Array:
+    return _linear(params["classifier"], jax.nn.relu(grid).mean(axis=(1, 2)))

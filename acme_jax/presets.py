@@ -1,0 +1,101 @@
+"""Named configurations. The command line starts from one of these and may override any field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from acme_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    FleetConfig,
+    HeaderConfig,
+    ModelConfig,
+    RefineConfig,
+    SearchConfig,
+    TrainConfig,
+)
+
+
+def mnist5k() -> Config:
+    """The main job: 5,000 MNIST images, 3 edges with 5 devices each.
+
+    Command: `python scripts/run_acme.py mnist5k`
+    """
+    return Config(preset="mnist5k")
+
+
+def digits() -> Config:
+    """scikit-learn's 1,797 digits of 8 x 8 pixels, 2 edges with 4 devices each.
+
+    Command: `python scripts/run_acme.py digits`
+    """
+    return Config(
+        preset="digits",
+        data=DataConfig(name="digits", public_train=750, public_select=180, public_test=180),
+        model=ModelConfig(patch_size=2),
+        fleet=FleetConfig(
+            num_edges=2, devices_per_edge=4, budgets=(0.3, 0.7), samples_per_device=80
+        ),
+    )
+
+
+def fashion_mnist() -> Config:
+    """Fashion-MNIST (60,000 + 10,000 images from idx files), 3 edges with 5 devices each.
+
+    The files come from the Debian package dataset-fashion-mnist, or from `--data.path`.
+
+    Command: `python scripts/run_acme.py fashion_mnist`
+    """
+    return Config(
+        preset="fashion_mnist",
+        data=DataConfig(
+            name="fashion_mnist", public_train=4000, public_select=800, public_test=2000
+        ),
+        fleet=FleetConfig(samples_per_device=320),
+    )
+
+
+def smoke() -> Config:
+    """Every step of the loop at the smallest size that still learns something.
+
+    Command: `python scripts/run_acme.py smoke`
+    """
+    data = DataConfig(name="digits", public_train=700, public_select=150, public_test=200)
+    return Config(
+        preset="smoke",
+        data=data,
+        model=ModelConfig(patch_size=2, embed_dim=32, num_layers=4, num_heads=4, num_neurons=64),
+        reference=TrainConfig(epochs=6, batch_size=50),
+        width=TrainConfig(epochs=3, batch_size=50),
+        depth=TrainConfig(epochs=3, batch_size=50),
+        search=SearchConfig(population_size=16, num_generations=5),
+        fleet=FleetConfig(
+            num_edges=2, devices_per_edge=3, budgets=(0.4, 0.8), samples_per_device=80
+        ),
+        header=HeaderConfig(
+            channels=16,
+            search_epochs=2,
+            controller_steps=8,
+            num_candidates=4,
+            final_epochs=3,
+            batch_size=50,
+        ),
+        refine=RefineConfig(rounds=3, prune_per_round=4),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    preset.__name__: preset for preset in (mnist5k, digits, fashion_mnist, smoke)
+}
+
+
+def get(name: str) -> Config:
+    """The preset of that name.
+
+    Raises:
+      ConfigError: there is none; the message lists the names.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]()

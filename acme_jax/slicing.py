@@ -1,0 +1,84 @@
+"""From a genome to a dense, really smaller network.
+
+After the importance reordering a sub-network is a set of kept blocks and, in each, prefixes
+of heads and neurons; slicing copies exactly those weights. `apply` of the sliced network
+equals the masked supernet to 1e-5 (tested), and its size is what a device stores.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from acme_jax import supernet
+from acme_jax.vit import Block, Params, ViTConfig
+from nas.arch import Arch, keep_mask
+
+
+def kept_blocks(arch: Arch) -> tuple[int, ...]:
+    """Indices of the blocks that a concrete genome keeps."""
+    mask = np.asarray(keep_mask(arch.heads.shape[-1], jnp.asarray(arch.depth)))
+    return tuple(int(i) for i in np.flatnonzero(mask > 0))
+
+
+def slice_params(params: Params, arch: Arch) -> Params:
+    """Weights of one sub-network.
+
+    Args:
+      params: of the supernet, `blocks` stacked along [L].
+      arch: a concrete genome: depth [], heads [L], neurons [L].
+
+    Returns:
+      The same tree, except that `blocks` is a list with one dense dictionary for each kept
+      block.
+
+    Raises:
+      ValueError: a population instead of one genome, or more heads or neurons than there are.
+    """
+    if np.ndim(arch.depth) != 0:
+        raise ValueError(
+            f"expected one genome with scalar depth, got depth of shape {np.shape(arch.depth)}; "
+            "index the population first"
+        )
+    kernel_shape = params["blocks"]["attention"]["out_kernel"].shape
+    num_neurons = params["blocks"]["mlp"]["up_bias"].shape[-1]
+    heads, neurons = np.asarray(arch.heads), np.asarray(arch.neurons)
+    if heads.max() > kernel_shape[1] or neurons.max() > num_neurons:
+        raise ValueError(
+            f"the genome keeps up to {heads.max()} heads and {neurons.max()} neurons, but the "
+            f"network has {kernel_shape[1]} and {num_neurons}"
+        )
+    blocks = []
+    for layer in kept_blocks(arch):
+        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
+        blocks.append(supernet.prefix_block(block, int(heads[layer]), int(neurons[layer])))
+    return {**params, "blocks": blocks}
+
+
+def apply(sliced: Params, images: Array, config: ViTConfig) -> supernet.Outputs:
+    """Forward pass of a sliced network; sizes are read from its weights.
+
+    Args:
+      sliced: from `slice_params`.
+      images: [B, height, width, channels].
+      config: of the full network (patch size and embedding are shared).
+    """
+    x = supernet.embed(sliced, images, config)
+    inputs = []
+    for weights in sliced["blocks"]:
+        heads, head_size = weights["attention"]["out_kernel"].shape[:2]
+        block = Block(heads, head_size, weights["mlp"]["up_bias"].shape[0])
+        inputs.append(x)
+        x = block.apply({"params": weights}, x)
+    return supernet.Outputs(supernet.classify(sliced, x), jnp.stack(inputs), x)
+
+
+def features(sliced: Params, images: Array, config: ViTConfig) -> Array:
+    """Tokens for headers: last hidden state before the final LayerNorm, CLS dropped.
+
+    Returns:
+      [B, T - 1, D], row-major over the patch grid.
+    """
+    return apply(sliced, images, config).final[:, 1:]

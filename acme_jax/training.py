@@ -1,0 +1,156 @@
+"""Data-parallel supervised training of one phase: optimiser, epochs, augmentation.
+
+An epoch is one compiled `lax.scan` over steps. Every batch is divided into
+`TrainConfig.shards` parts, spread over the mesh; the parts' gradients are gathered and added
+in a fixed order, so that a run's results do not depend on the number of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+
+from acme_jax.config import ConfigError, TrainConfig
+from acme_jax.layout import AXIS, divide_mesh
+from acme_jax.vit import Params
+
+GradFn = Callable[[Params, Any, Array, Array], tuple[dict[str, Array], Params]]
+"""(params, teacher, images [b, ...], labels [b]) -> (metrics, gradients), means over b."""
+
+
+class TrainState(NamedTuple):
+    """What the next epoch needs."""
+
+    params: Params
+    opt_state: optax.OptState
+    epoch: Array  # [] int32, epochs done
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; nothing of that epoch was kept."""
+
+
+def steps_per_epoch(num_samples: int, config: TrainConfig) -> int:
+    """Whole batches in an epoch.
+
+    Raises:
+      ConfigError: fewer samples than one batch, or a batch that the shards do not divide.
+    """
+    if config.batch_size > num_samples:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}, but there are only {num_samples} training "
+            f"images; lower batch_size or raise data.public_train"
+        )
+    if config.batch_size % config.shards:
+        raise ConfigError(
+            f"batch_size ({config.batch_size}) must be a multiple of shards ({config.shards})"
+        )
+    return num_samples // config.batch_size
+
+
+def make_optimizer(config: TrainConfig, num_samples: int) -> optax.GradientTransformation:
+    """AdamW, linear warm-up then linear decay to zero, clipped by global norm."""
+    total = config.epochs * steps_per_epoch(num_samples, config)
+    warmup = int(total * config.warmup_fraction)
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, config.learning_rate, max(warmup, 1)),
+            optax.linear_schedule(config.learning_rate, 0.0, max(total - warmup, 1)),
+        ],
+        [warmup],
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, weight_decay=config.weight_decay),
+    )
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first epoch."""
+    return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+def random_shift(key: Array, images: Array, max_shift: int) -> Array:
+    """Moves each image [B, height, width, channels] by up to `max_shift` pixels, zero-filled."""
+    if max_shift == 0:
+        return images
+    pad = ((max_shift, max_shift), (max_shift, max_shift), (0, 0))
+    offsets = jax.random.randint(key, (images.shape[0], 2), 0, 2 * max_shift + 1)
+
+    def shift(image: Array, offset: Array) -> Array:
+        start = (offset[0], offset[1], jnp.int32(0))
+        return lax.dynamic_slice(jnp.pad(image, pad), start, image.shape)
+
+    return jax.vmap(shift)(images, offsets)
+
+
+def make_epoch(
+    grad_fn: GradFn, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+) -> Callable[[Array, TrainState, Any, Array, Array], tuple[TrainState, dict[str, Array]]]:
+    """Builds `epoch(key, state, teacher, images, labels) -> (state, metrics)`, not jitted.
+
+    `key` is the phase's key, the same for every epoch: each epoch draws from
+    `fold_in(key, state.epoch)`. Images are [N, height, width, channels], labels [N];
+    metrics are [steps].
+    """
+    shards = config.shards
+    mesh = divide_mesh(mesh, shards)
+
+    def sharded_grad(
+        params: Params, teacher: Any, images: Array, labels: Array
+    ) -> tuple[dict[str, Array], Params]:
+        # images [shards of this device, b, ...]; every device ends with the same sum.
+        parts = lax.map(lambda part: grad_fn(params, teacher, *part), (images, labels))
+        gathered = jax.tree.map(lambda leaf: lax.all_gather(leaf, AXIS, tiled=True), parts)
+        return jax.tree.map(lambda leaf: _ordered_mean(leaf, shards), gathered)
+
+    replicated = PartitionSpec()
+    batch_spec = PartitionSpec(AXIS)
+    batch_grad = jax.shard_map(
+        sharded_grad,
+        mesh=mesh,
+        in_specs=(replicated, replicated, batch_spec, batch_spec),
+        out_specs=replicated,
+        check_vma=False,
+    )
+
+    def epoch(
+        key: Array, state: TrainState, teacher: Any, images: Array, labels: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        num_steps = steps_per_epoch(images.shape[0], config)
+        order_key, shift_key = jax.random.split(jax.random.fold_in(key, state.epoch))
+        order = jax.random.permutation(order_key, images.shape[0])
+        order = order[: num_steps * config.batch_size].reshape(num_steps, config.batch_size)
+
+        def step(
+            carry: tuple[Params, optax.OptState], xs: tuple[Array, Array]
+        ) -> tuple[tuple[Params, optax.OptState], dict[str, Array]]:
+            params, opt_state = carry
+            indices, index = xs
+            batch = random_shift(
+                jax.random.fold_in(shift_key, index), images[indices], config.max_shift
+            )
+            batch = batch.reshape(shards, -1, *images.shape[1:])
+            metrics, grads = batch_grad(params, teacher, batch, labels[indices].reshape(shards, -1))
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), metrics
+
+        (params, opt_state), metrics = lax.scan(
+            step, (state.params, state.opt_state), (order, jnp.arange(num_steps))
+        )
+        return TrainState(params, opt_state, state.epoch + 1), metrics
+
+    return epoch
+
+
+def _ordered_mean(parts: Array, count: int) -> Array:
+    total = parts[0]
+    for index in range(1, count):
+        total = total + parts[index]
+    return total / count

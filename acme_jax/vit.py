@@ -1,0 +1,132 @@
+"""The Vision Transformer's sizes and its building blocks (Flax linen, used functionally).
+
+Shape letters: B batch, T tokens (CLS first), D embedding, H heads, K head size, F neurons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from nas.cost import ModelDims
+
+Params = dict[str, Any]
+"""A tree of arrays in nested dictionaries."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Static description of the full network; hashable, so a jit static argument."""
+
+    image_shape: tuple[int, int, int]
+    """Height, width, channels."""
+    patch_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_neurons: int
+    num_classes: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width."""
+        return self.image_shape[0] // self.patch_size, self.image_shape[1] // self.patch_size
+
+    @property
+    def dims(self) -> ModelDims:
+        """The sizes that `nas.cost` counts with."""
+        return ModelDims(
+            num_layers=self.num_layers,
+            embed_dim=self.embed_dim,
+            num_heads=self.num_heads,
+            head_size=self.embed_dim // self.num_heads,
+            num_neurons=self.num_neurons,
+            num_tokens=self.grid[0] * self.grid[1] + 1,
+            patch_dim=self.patch_size**2 * self.image_shape[2],
+            num_classes=self.num_classes,
+        )
+
+
+_dense_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+class Attention(nn.Module):
+    """The attention half of a pre-LN block (without the residual).
+
+    Query, key and value share one kernel [D, 3, H, K]: one matmul on the hot path, and a
+    prefix of heads is one slice.
+    """
+
+    num_heads: int
+    head_size: int
+
+    @nn.compact
+    def __call__(self, x: Array, head_mask: Array | None = None) -> Array:
+        """Maps [B, T, D] to [B, T, D]; `head_mask` [H] scales each head's output."""
+        batch, tokens, embed = x.shape
+        heads, size = self.num_heads, self.head_size
+        qkv_init = nn.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=(1, 2, 3)
+        )
+        out_init = nn.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2
+        )
+        qkv_kernel = self.param("qkv_kernel", qkv_init, (embed, 3, heads, size))
+        qkv_bias = self.param("qkv_bias", nn.initializers.zeros, (3, heads, size))
+        out_kernel = self.param("out_kernel", out_init, (heads, size, embed))
+        out_bias = self.param("out_bias", nn.initializers.zeros, (embed,))
+
+        # Explicit batched matmuls: much faster on CPU than multiply-and-sum attention.
+        y = nn.LayerNorm(name="norm")(x).reshape(batch * tokens, embed)
+        qkv = (y @ qkv_kernel.reshape(embed, -1)).reshape(batch, tokens, 3, heads, size)
+        qkv = qkv + qkv_bias[None, None]
+        query, key, value = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
+        scores = jnp.matmul(query * size**-0.5, key.transpose(0, 1, 3, 2))
+        context = jnp.matmul(nn.softmax(scores), value)
+        if head_mask is not None:
+            # Scaling the context equals scaling the probabilities (ACME's xi).
+            context = context * head_mask[None, :, None, None]
+        context = context.transpose(0, 2, 1, 3).reshape(batch * tokens, heads * size)
+        y = context @ out_kernel.reshape(heads * size, embed) + out_bias[None]
+        return y.reshape(batch, tokens, embed)
+
+
+class Mlp(nn.Module):
+    """The MLP half of a pre-LN block (without the residual)."""
+
+    num_neurons: int
+
+    @nn.compact
+    def __call__(self, x: Array, neuron_mask: Array | None = None) -> Array:
+        """Maps [B, T, D] to [B, T, D]; `neuron_mask` [F] scales each activation."""
+        batch, tokens, embed = x.shape
+        up_kernel = self.param("up_kernel", _dense_init, (embed, self.num_neurons))
+        up_bias = self.param("up_bias", nn.initializers.zeros, (self.num_neurons,))
+        down_kernel = self.param("down_kernel", _dense_init, (self.num_neurons, embed))
+        down_bias = self.param("down_bias", nn.initializers.zeros, (embed,))
+
+        y = nn.LayerNorm(name="norm")(x).reshape(batch * tokens, embed)
+        hidden = nn.gelu(y @ up_kernel + up_bias[None], approximate=False)
+        if neuron_mask is not None:
+            hidden = hidden * neuron_mask[None]
+        return (hidden @ down_kernel + down_bias[None]).reshape(batch, tokens, embed)
+
+
+class Block(nn.Module):
+    """Pre-LN Transformer block with `num_heads` heads and `num_neurons` neurons."""
+
+    num_heads: int
+    head_size: int
+    num_neurons: int
+
+    @nn.compact
+    def __call__(
+        self, x: Array, head_mask: Array | None = None, neuron_mask: Array | None = None
+    ) -> Array:
+        """Maps [B, T, D] to [B, T, D]; masks [H] and [F] scale heads and neurons."""
+        x = x + Attention(self.num_heads, self.head_size, name="attention")(x, head_mask)
+        return x + Mlp(self.num_neurons, name="mlp")(x, neuron_mask)

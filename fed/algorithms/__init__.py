@@ -1,0 +1,1 @@
+"""One federated algorithm a file."""

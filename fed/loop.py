@@ -1,0 +1,62 @@
+"""The clients of one round as plain Python loops: slow, readable, the oracle of `fed.cohort`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fed.algorithm import FedAlgorithm
+from fed.checks import check_round, make_schedule
+from fed.clients import Batch, ClientData, batch_indices, take_row
+from fed.errors import ClientError
+
+
+def run_clients_loop(
+    algorithm: FedAlgorithm,
+    messages: Any,
+    client_states: Any,
+    data: ClientData,
+    key: jax.Array,
+    round_index: jax.Array | int,
+    *,
+    client_ids: jax.Array,
+    batch_size: int,
+    num_steps: int | None = None,
+    epochs: int | None = None,
+) -> tuple[Any, Any, Any]:
+    """`run_clients` as Python loops over clients and steps, on unpadded data; not jittable.
+
+    Raises:
+      ClientError: a function of the algorithm failed; names the client and the step.
+      ValueError: as `run_clients`.
+    """
+    check_round(messages, client_states, data, key, client_ids, batch_size, num_steps, epochs)
+    round_key = jax.random.fold_in(key, round_index)
+    results = []
+    for row, (size, client_id) in enumerate(zip(data.size, client_ids, strict=True)):
+        count = int(size)
+        message, state = (take_row(tree, row) for tree in (messages, client_states))
+        inputs, labels = data.inputs[row, :count], data.labels[row, :count]
+        place = "client_init"
+        try:
+            init_key, batch_key = jax.random.split(jax.random.fold_in(round_key, client_id))
+            step_state = algorithm.client_init(message, state, init_key)
+            schedule = make_schedule(count, batch_size, num_steps, epochs)
+            plan = batch_indices(batch_key, count, max_size=count, **schedule._asdict())
+            collected = []
+            for step in range(schedule.num_steps):
+                place = f"step {step}"
+                batch = Batch(
+                    inputs[plan.indices[step]], labels[plan.indices[step]], plan.weight[step]
+                )
+                step_state, metrics = algorithm.client_step(step_state, batch)
+                collected.append(metrics)
+            place = "client_final"
+            state, update = algorithm.client_final(message, step_state)
+        except Exception as error:
+            raise ClientError(f"client {int(client_id)} failed in {place}: {error}") from error
+        metrics = jax.tree.map(lambda *x: jnp.stack(x).astype(jnp.float32).mean(0), *collected)
+        results.append((state, update, metrics))
+    return jax.tree.map(lambda *x: jnp.stack(x), *results)

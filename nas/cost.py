@@ -1,0 +1,233 @@
+"""What a sub-network costs: parameters, operations, bytes, modelled latency and energy.
+
+Everything is a pure function of one genome (`Arch`) or mask (`ArchMask`), traceable, and
+differentiable in relaxed masks; `vmap` over populations and over device profiles. Shape
+letters: L layers, D embedding, H heads, K head size, F neurons, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nas.arch import Arch, ArchMask, keep_mask
+
+_INT32_LIMIT = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDims:
+    """Sizes of the full Vision Transformer; static and hashable.
+
+    Attributes:
+      num_layers: L.
+      embed_dim: D.
+      num_heads: H.
+      head_size: K.
+      num_neurons: F.
+      num_tokens: T that the blocks see, the class token included.
+      patch_dim: input numbers of a patch (height * width * channels).
+      num_classes: outputs of the classifier; 0: no classifier.
+
+    Raises:
+      ValueError: a size that is not positive, or 2^31 parameters or more (counts are int32).
+    """
+
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    head_size: int
+    num_neurons: int
+    num_tokens: int
+    patch_dim: int
+    num_classes: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), int(field.name != "num_classes")
+            if value < least:
+                raise ValueError(f"ModelDims.{field.name} must be at least {least}, got {value}")
+        block = _block_params(self)
+        total = self.num_layers * (
+            block.fixed + block.per_head * self.num_heads + block.per_neuron * self.num_neurons
+        ) + _shared_params(self)
+        if total >= _INT32_LIMIT:
+            raise ValueError(
+                f"the model has {total} parameters; expected fewer than {_INT32_LIMIT}, because "
+                "counts are int32. Use smaller dimensions"
+            )
+
+
+class DeviceProfile(NamedTuple):
+    """Constants of a device's latency and energy model; floats, or arrays to `vmap` over."""
+
+    flops_per_s: float | jax.Array
+    bytes_per_s: float | jax.Array
+    overhead_s: float | jax.Array  # per block
+    idle_power_w: float | jax.Array
+    energy_per_flop_j: float | jax.Array
+    energy_per_byte_j: float | jax.Array
+
+
+class _Linear(NamedTuple):
+    """A quantity of a block that is linear in its heads and neurons."""
+
+    fixed: int
+    per_head: int
+    per_neuron: int
+
+
+def _block_params(dims: ModelDims) -> _Linear:
+    d, k = dims.embed_dim, dims.head_size
+    return _Linear(
+        fixed=2 * (2 * d) + d + d,  # two layer norms; biases of the two output projections
+        per_head=3 * (d * k + k) + k * d,  # query, key, value with bias; output rows
+        per_neuron=d + 1 + d,  # up with bias, down
+    )
+
+
+def _shared_params(dims: ModelDims) -> int:
+    d = dims.embed_dim
+    embedding = dims.patch_dim * d + d + d + dims.num_tokens * d  # patches, class token, positions
+    classifier = d * dims.num_classes + dims.num_classes
+    return embedding + 2 * d + classifier
+
+
+def _block_flops(dims: ModelDims) -> _Linear:
+    t, d, k = dims.num_tokens, dims.embed_dim, dims.head_size
+    return _Linear(
+        fixed=0,
+        per_head=2 * (t * d * 3 * k + 2 * t * t * k + t * k * d),
+        per_neuron=2 * (2 * t * d),
+    )
+
+
+def _counts(dims: ModelDims, arch: Arch | ArchMask) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Kept blocks, heads and neurons, each [L]; int32 of a genome, float of a mask."""
+    shape = arch.heads.shape if isinstance(arch, Arch) else arch.block.shape
+    if shape != (dims.num_layers,):
+        raise ValueError(
+            f"expected one genome or mask of {dims.num_layers} layers, got a leading shape of "
+            f"{shape}; use jax.vmap over a population"
+        )
+    if isinstance(arch, Arch):
+        block = keep_mask(dims.num_layers, arch.depth).astype(jnp.int32)
+        return block, arch.heads, arch.neurons
+    return arch.block, arch.head.sum(-1), arch.neuron.sum(-1)
+
+
+def num_params(dims: ModelDims, arch: Arch | ArchMask) -> jax.Array:
+    """Parameters [] of the sliced network, embedding, final norm and classifier included.
+
+    Exact int32 of an `Arch`; of an `ArchMask` float32, differentiable (exact below 2^24).
+    Equal to the sizes of the sliced network's leaves: the embedding width D stays full.
+    """
+    block, heads, neurons = _counts(dims, arch)
+    unit = _block_params(dims)
+    per_block = unit.fixed + unit.per_head * heads + unit.per_neuron * neurons
+    return jnp.sum(block * per_block) + _shared_params(dims)
+
+
+def num_flops(dims: ModelDims, arch: Arch | ArchMask) -> jax.Array:
+    """Floating-point operations [] float32 of a forward pass of one example.
+
+    Matrix products only, a multiply-add counting 2; norms, softmax, activations and biases
+    are left out, as is usual. The classifier reads the class token alone.
+    """
+    block, heads, neurons = (count.astype(jnp.float32) for count in _counts(dims, arch))
+    unit = _block_flops(dims)
+    per_block = float(unit.per_head) * heads + float(unit.per_neuron) * neurons
+    patches = 2.0 * (dims.num_tokens - 1) * dims.patch_dim * dims.embed_dim
+    classifier = 2.0 * dims.embed_dim * dims.num_classes
+    return jnp.sum(block * per_block) + (patches + classifier)
+
+
+def size_bytes(
+    dims: ModelDims, arch: Arch | ArchMask, bytes_per_param: float | jax.Array = 4
+) -> jax.Array:
+    """Bytes [] float32 of the sliced network's parameters (exact below 2^24 bytes)."""
+    return num_params(dims, arch).astype(jnp.float32) * bytes_per_param
+
+
+def latency_s(
+    dims: ModelDims,
+    arch: Arch | ArchMask,
+    profile: DeviceProfile,
+    bytes_per_param: float | jax.Array = 4,
+) -> jax.Array:
+    """Modelled seconds [] of a forward pass of one example: a roofline plus overheads.
+
+    max(flops / flops_per_s, bytes / bytes_per_s) + overhead_s * blocks, where the bytes are
+    the parameters, read once (Williams et al., "Roofline", CACM 2009). ACME's own model,
+    with its constants, is `paper_costs`.
+    """
+    compute_s = num_flops(dims, arch) / profile.flops_per_s
+    memory_s = size_bytes(dims, arch, bytes_per_param) / profile.bytes_per_s
+    blocks = jnp.sum(_counts(dims, arch)[0]).astype(jnp.float32)
+    return jnp.maximum(compute_s, memory_s) + profile.overhead_s * blocks
+
+
+def energy_j(
+    dims: ModelDims,
+    arch: Arch | ArchMask,
+    profile: DeviceProfile,
+    bytes_per_param: float | jax.Array = 4,
+) -> jax.Array:
+    """Modelled joules [] of a forward pass of one example.
+
+    Idle power during the latency, plus a price for each operation and each parameter byte.
+    """
+    idle_j = profile.idle_power_w * latency_s(dims, arch, profile, bytes_per_param)
+    compute_j = profile.energy_per_flop_j * num_flops(dims, arch)
+    memory_j = profile.energy_per_byte_j * size_bytes(dims, arch, bytes_per_param)
+    return idle_j + compute_j + memory_j
+
+
+class PaperConstants(NamedTuple):
+    """Constants of ACME's own cost models, with its defaults."""
+
+    static_power_w: float = 100.0
+    power_per_unit_w: float = 10.0
+    memory_power_w: float = 128.0 * 50.0
+    base_latency_s: float = 1.0
+    latency_per_unit_s: float = 0.1
+    epochs: float = 10.0
+    size_per_width: float = 768.0
+    size_per_depth: float = 3_060_000.0
+
+
+_PAPER_CONSTANTS = PaperConstants()
+
+
+class PaperCosts(NamedTuple):
+    """ACME's modelled costs, of the inputs' shape."""
+
+    size: Any  # parameters
+    power_w: Any
+    latency_s: Any
+    energy_j: Any
+
+
+def paper_costs(
+    width_units: Any, depth_units: Any, constants: PaperConstants = _PAPER_CONSTANTS
+) -> PaperCosts:
+    """The cost models of ACME's published experiments, to reproduce them.
+
+    They are not realistic (size hardly depends on width, energy follows latency); use the
+    other functions of this module for anything but the comparison. Only arithmetic, so that
+    NumPy float64 in gives NumPy float64 out.
+
+    Args:
+      width_units: heads kept, floor(12 w); any shape.
+      depth_units: blocks kept, floor(12 m); the same shape.
+      constants: those of the models.
+    """
+    units = width_units * depth_units
+    power = constants.static_power_w + constants.power_per_unit_w * units
+    power = power + constants.memory_power_w
+    latency = constants.base_latency_s + constants.latency_per_unit_s * units
+    size = width_units * constants.size_per_width + depth_units * constants.size_per_depth
+    return PaperCosts(size, power, latency, constants.epochs * power * latency)

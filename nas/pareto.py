@@ -1,0 +1,290 @@
+"""Pareto sets of minimised objectives: dominance, rank, crowding, grid and selection.
+
+Shape letters: P candidates, M objectives. Everything is traceable with static shapes. A row
+that holds a NaN is invalid: it ranks behind every other row and is never selected.
+`hypervolume` lives in its own module and is offered here too.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from nas.hypervolume import hypervolume
+
+__all__ = [
+    "Rule",
+    "Selection",
+    "crowding_distance",
+    "dominates",
+    "front_grid",
+    "hypervolume",
+    "non_dominated_rank",
+    "select",
+    "sort_key",
+]
+
+Rule = Literal["paper", "trade_off", "nearest_ideal", "lowest_error"]
+
+_WORD_BITS = 32
+
+
+class Selection(NamedTuple):
+    """A choice among P candidates."""
+
+    index: jax.Array  # type: ignore[assignment]  # [] int32; P, which no row has, if infeasible
+    feasible: jax.Array  # [] bool: whether the rule found anything to choose
+
+
+def dominates(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Whether rows [P, M] of `first` dominate rows [Q, M] of `second`: bool [P, Q].
+
+    To dominate is to be no worse in every objective and better in one; NaN never does.
+    """
+    shape = (first.shape[0], second.shape[0])
+    no_worse, better = jnp.ones(shape, bool), jnp.zeros(shape, bool)
+    for a, b in zip(first.T, second.T, strict=True):
+        no_worse &= a[:, None] <= b[None, :]
+        better |= a[:, None] < b[None, :]
+    return no_worse & better
+
+
+def non_dominated_rank(
+    objectives: jax.Array, violation: jax.Array | None = None, *, num_needed: int | None = None
+) -> jax.Array:
+    """Front of each row: 0 is Pareto-optimal, 1 is so once front 0 is removed, and so on.
+
+    Constraint-domination (Deb et al. 2002, section VI): first the feasible rows, ranked by
+    dominance; then the infeasible ones, by violation alone; last the rows with NaN.
+    Duplicates share a rank. O(M P^2), once, and a bit-packed pass for each front.
+
+    Args:
+      objectives: [P, M].
+      violation: [P], positive where a row is infeasible; None: all rows are feasible.
+      num_needed: stop peeling fronts when so many rows have a rank; the feasible rows that
+        are left then share the next one. None ranks every row.
+
+    Returns:
+      int32 [P], without gaps.
+    """
+    num_rows = objectives.shape[0]
+    if violation is None:
+        violation = jnp.zeros((num_rows,), objectives.dtype)
+    invalid = jnp.any(jnp.isnan(objectives), axis=1) | jnp.isnan(violation)
+    feasible = (violation <= 0) & ~invalid
+    infeasible = ~feasible & ~invalid
+    front, num_fronts = _peel(objectives, feasible, num_rows if num_needed is None else num_needed)
+
+    # Dense ranks of the violations: the other rows sort first and count as level 0.
+    key = sort_key(violation)
+    lowest = jnp.iinfo(key.dtype).min
+    key = jnp.where(infeasible, key, lowest)
+    key, order = jax.lax.sort_key_val(key, jnp.arange(num_rows, dtype=jnp.int32))
+    previous = jnp.concatenate([jnp.full((1,), lowest, key.dtype), key[:-1]])
+    levels = jnp.cumsum(key > previous, dtype=jnp.int32)
+    level = jnp.zeros((num_rows,), jnp.int32).at[order].set(levels)
+    behind = num_fronts + jnp.where(invalid, jnp.max(levels), level - 1)
+    return jnp.where(feasible, front, behind)
+
+
+def _peel(objectives: jax.Array, valid: jax.Array, num_needed: int) -> tuple[jax.Array, jax.Array]:
+    """Fronts [P] of the valid rows and the number of fronts [], by repeated peeling."""
+    num_rows = objectives.shape[0]
+    words = -(-num_rows // _WORD_BITS)
+    bit = jnp.arange(_WORD_BITS, dtype=jnp.uint32)
+
+    def pack(flags: jax.Array) -> jax.Array:
+        """Bool [P, ...] -> uint32 [P / 32, ...]: 32 times less memory to read per front."""
+        tail = flags.shape[1:]
+        flags = jnp.pad(flags, [(0, words * _WORD_BITS - num_rows)] + [(0, 0)] * len(tail))
+        flags = flags.reshape(words, _WORD_BITS, *tail).astype(jnp.uint32)
+        return jnp.sum(flags << bit.reshape(1, -1, *(1,) * len(tail)), axis=1, dtype=jnp.uint32)
+
+    dominators = pack(dominates(objectives, objectives))
+
+    def more(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        left = carry[2]
+        return jnp.any(left) & (jnp.sum(valid & ~left) < num_needed)
+
+    def peel_front(
+        carry: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        number, rank, left = carry
+        dominated = jnp.any((dominators & pack(left)[:, None]) != 0, axis=0)
+        # Rows that are left keep the number of the next front, should peeling stop here.
+        return number + 1, jnp.where(left & dominated, number + 1, rank), left & dominated
+
+    zero = jnp.zeros((), jnp.int32)
+    start = (zero, jnp.zeros((num_rows,), jnp.int32), valid)
+    number, rank, left = jax.lax.while_loop(more, peel_front, start)
+    return rank, number + jnp.any(left)
+
+
+def crowding_distance(objectives: jax.Array, rank: jax.Array) -> jax.Array:
+    """How alone each row is in its front: [P], infinite at both ends of every objective.
+
+    The sum over objectives of the gap between a row's two neighbours, over the front's
+    range (Deb et al. 2002, section III-B). Of equal values, the one of lower index comes
+    first; a range of zero adds nothing.
+
+    Args:
+      objectives: [P, M].
+      rank: int32 [P], from `non_dominated_rank`.
+    """
+    num_rows = objectives.shape[0]
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    fronts = jnp.sort(rank)  # the same sequence, whichever objective breaks the ties
+    change = fronts[1:] != fronts[:-1]
+    edge = jnp.ones((1,), bool)
+    is_first, is_last = jnp.concatenate([edge, change]), jnp.concatenate([change, edge])
+    first = jax.lax.cummax(jnp.where(is_first, rows, 0))
+    last = jax.lax.cummin(jnp.where(is_last, rows, num_rows - 1), reverse=True)
+
+    distance = jnp.zeros((num_rows,), objectives.dtype)
+    for column in objectives.T:
+        order = jax.lax.sort((rank, sort_key(column), rows), num_keys=2)[2]
+        value = column[order]
+        gap = jnp.roll(value, -1) - jnp.roll(value, 1)
+        span = value[last] - value[first]
+        share = jnp.where(span > 0, gap / jnp.where(span > 0, span, 1), 0)
+        share = jnp.where(is_first | is_last, jnp.inf, jnp.nan_to_num(share, posinf=jnp.inf))
+        distance = distance.at[order].add(share)
+    return distance
+
+
+def sort_key(values: jax.Array) -> jax.Array:
+    """Integers whose order is that of the floats; NaN is the largest.
+
+    XLA sorts integers several times faster than floats on CPU.
+    """
+    values = jnp.where(values == 0, 0, jnp.where(jnp.isnan(values), jnp.nan, values))
+    integer = jnp.int64 if values.dtype == jnp.float64 else jnp.int32
+    bits = jax.lax.bitcast_convert_type(values, integer)
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(integer).max, bits)
+
+
+def front_grid(
+    objectives: jax.Array,
+    *,
+    ideal: jax.Array,
+    nadir: jax.Array,
+    num_divisions: int,
+    sigma: float = 1e-6,
+) -> jax.Array:
+    """The Pareto Front Grid: whether each row [P] represents its cell.
+
+    Between `ideal` and `nadir` every objective is cut into `num_divisions` intervals; each
+    occupied cell is represented by its row nearest to `ideal`, the lower index winning ties.
+    Rows outside the grid represent nothing.
+
+    From ACME (ICDCS 2025), for minimised objectives throughout: the original code negates
+    one of them, gets negative intervals for the others and loses the rows at the border.
+    Objectives are normalised by nadir - ideal first, so that units do not matter.
+
+    Args:
+      objectives: [P, M].
+      ideal: [M], best values.
+      nadir: [M], worst values; where it equals `ideal`, that objective is taken as it is.
+      num_divisions: K, intervals along each objective.
+      sigma: margin at both ends, as a part of the range.
+
+    Raises:
+      ValueError: more than 2^31 cells.
+    """
+    num_rows, num_objectives = objectives.shape
+    if num_divisions**num_objectives >= 2**31:
+        raise ValueError(
+            f"{num_divisions} divisions of {num_objectives} objectives make too many cells; "
+            "use fewer divisions, so that divisions ** objectives stays below 2 ** 31"
+        )
+    scaled = _normalise(objectives, ideal, nadir)
+    cell = jnp.ceil((scaled + sigma) / ((1 + 2 * sigma) / num_divisions))
+    inside = jnp.all((cell >= 1) & (cell <= num_divisions), axis=1)
+    cell = jnp.where(inside[:, None], cell, 1).astype(jnp.int32) - 1
+    strides = num_divisions ** jnp.arange(num_objectives, dtype=jnp.int32)
+    number = jnp.where(inside, jnp.sum(cell * strides[None, :], axis=1), -1)
+    distance = jnp.sum(jnp.square(scaled), axis=1)
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    number, _, order = jax.lax.sort((number, sort_key(distance), rows), num_keys=2)
+    previous = jnp.concatenate([jnp.full((1,), -1, jnp.int32), number[:-1]])
+    return jnp.zeros((num_rows,), bool).at[order].set(number != previous)
+
+
+def select(
+    objectives: jax.Array,
+    constraint: jax.Array,
+    limit: float | jax.Array,
+    *,
+    rule: Rule,
+    error_column: int = 0,
+    energy_column: int = -1,
+    ideal: jax.Array | None = None,
+    nadir: jax.Array | None = None,
+    num_divisions: int = 10,
+    sigma: float = 1e-6,
+) -> Selection:
+    """The best candidate whose constraint value is within the limit.
+
+    Rules (the first is ACME's, the others filter before they choose):
+      "paper": the representatives of the Pareto Front Grid of all candidates, then those of
+        them within the limit, then the lowest error. A cell whose representative is too
+        large is lost, so that better candidates within the limit can be missed.
+      "trade_off": the highest accuracy - (constraint + energy) / 2, where constraint and
+        energy are min-max normalised over all valid candidates, feasible or not.
+      "nearest_ideal": the shortest Euclidean distance to `ideal`, normalised as in the grid.
+      "lowest_error": the lowest error.
+    Ties go to the lower index. To serve many limits, `vmap` over `limit`.
+
+    Args:
+      objectives: [P, M]; rows with NaN or infinity (empty places of an archive) are left out.
+      constraint: [P], for instance bytes.
+      limit: [], in the same unit; a value equal to it is feasible.
+      rule: one of `Rule`.
+      error_column: the objective that is 1 - accuracy.
+      energy_column: the objective that is energy; read by "trade_off" only.
+      ideal: [M]; None: the best values of the valid candidates.
+      nadir: [M]; None: their worst values.
+      num_divisions: of the grid; read by "paper" only.
+      sigma: of the grid; read by "paper" only.
+
+    Returns:
+      A `Selection`; when nothing is left to choose, `feasible` is False and `index` is P,
+      which NumPy refuses as an index.
+
+    Raises:
+      ValueError: an unknown rule.
+    """
+    if rule not in get_args(Rule):
+        raise ValueError(f"unknown rule {rule!r}; expected one of {', '.join(get_args(Rule))}")
+    num_rows = objectives.shape[0]
+    valid = jnp.all(jnp.isfinite(objectives), axis=1) & jnp.isfinite(constraint)
+    masked = jnp.where(valid[:, None], objectives, jnp.nan)
+    best, worst = jnp.nanmin(masked, axis=0), jnp.nanmax(masked, axis=0)
+    ideal = best if ideal is None else ideal
+    nadir = worst if nadir is None else nadir
+
+    eligible = valid & (constraint <= limit)
+    score = objectives[:, error_column]
+    if rule == "paper":
+        eligible &= front_grid(
+            masked, ideal=ideal, nadir=nadir, num_divisions=num_divisions, sigma=sigma
+        )
+    elif rule == "trade_off":
+        size = jnp.where(valid, constraint, jnp.nan)[:, None]
+        size = _normalise(size, jnp.nanmin(size, axis=0), jnp.nanmax(size, axis=0))[:, 0]
+        energy = _normalise(masked, best, worst)[:, energy_column]
+        score += 0.5 * (size + energy)
+    elif rule == "nearest_ideal":
+        score = jnp.sum(jnp.square(_normalise(masked, ideal, nadir)), axis=1)
+    feasible = jnp.any(eligible)
+    index = jnp.argmin(jnp.where(eligible, score, jnp.inf)).astype(jnp.int32)
+    return Selection(jnp.where(feasible, index, num_rows), feasible)
+
+
+def _normalise(values: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """(values - low) / (high - low) by column; [P, M] with [M] limits."""
+    low, high = jnp.asarray(low)[None, :], jnp.asarray(high)[None, :]
+    span = high - low
+    return (values - low) / jnp.where(span > 0, span, 1)

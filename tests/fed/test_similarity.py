@@ -1,0 +1,187 @@
+"""Distances against SciPy and NumPy in float64; weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.spatial.distance
+import scipy.stats
+
+from fed import similarity
+
+RNG = np.random.default_rng(0)
+SAMPLES = (
+    RNG.normal(size=(5, 40, 6)) * RNG.uniform(0.5, 2, (5, 1, 6)) + RNG.normal(size=(5, 1, 6))
+).astype(np.float32)
+
+
+def reference(values):
+    """SciPy's distances between the rows of a [C, K] matrix."""
+    rows = values.astype(np.float64)
+    return np.array([[scipy.stats.wasserstein_distance(a, b) for b in rows] for a in rows])
+
+
+def test_flat_equals_scipy():
+    distance = jax.jit(similarity.pairwise_wasserstein, static_argnames="method")(
+        SAMPLES, method="flat"
+    )
+    np.testing.assert_allclose(distance, reference(SAMPLES.reshape(5, -1)), atol=1e-6)
+    assert distance.dtype == jnp.float32
+
+
+def test_flat_stays_accurate_on_many_values():
+    samples = np.random.default_rng(1).normal(size=(3, 200, 768)).astype(np.float32)
+    samples += np.arange(3, dtype=np.float32)[:, None, None] / 4
+    distance = similarity.pairwise_wasserstein(samples, method="flat")
+    np.testing.assert_allclose(distance, reference(samples.reshape(3, -1)), atol=1e-6)
+
+
+def test_per_dimension_is_the_mean_of_marginals():
+    expected = np.mean([reference(SAMPLES[:, :, d]) for d in range(6)], axis=0)
+    distance = similarity.pairwise_wasserstein(SAMPLES, method="per_dimension")
+    np.testing.assert_allclose(distance, expected, atol=1e-6)
+
+
+def test_sliced_is_the_mean_of_projections():
+    key = jax.random.key(1)
+    directions = np.asarray(jax.random.normal(key, (6, 20)), np.float64)
+    directions /= np.linalg.norm(directions, axis=0)
+    projected = SAMPLES.astype(np.float64) @ directions
+    expected = np.mean([reference(projected[:, :, p]) for p in range(20)], axis=0)
+    distance = similarity.pairwise_wasserstein(
+        SAMPLES, method="sliced", key=key, num_projections=20
+    )
+    np.testing.assert_allclose(distance, expected, atol=1e-5)
+
+
+def test_per_dimension_sees_what_flat_forgets():
+    swapped = np.stack([SAMPLES[0], SAMPLES[0][:, ::-1]])
+    assert similarity.pairwise_wasserstein(swapped, method="flat")[0, 1] < 1e-7
+    assert similarity.pairwise_wasserstein(swapped, method="per_dimension")[0, 1] > 0.1
+
+
+@pytest.mark.parametrize("method", ["flat", "per_dimension", "sliced"])
+def test_distances_are_a_metric(method):
+    distance = np.asarray(
+        similarity.pairwise_wasserstein(SAMPLES, method=method, key=jax.random.key(0))
+    )
+    np.testing.assert_array_equal(np.diag(distance), 0)
+    np.testing.assert_allclose(distance, distance.T, rtol=1e-6)
+    assert (distance[:, :, None] <= distance[:, None, :] + distance.T[None] + 1e-6).all()
+    assert (distance[~np.eye(5, dtype=bool)] > 0).all()
+
+
+def test_integer_sort_orders_like_floats():
+    special = np.array(
+        [0.0, -0.0, -1.5, 2.5, -np.inf, np.inf, 1e-45, -1e-45, 3e38, -3e38, -1.5000001], np.float32
+    )
+    values = np.concatenate([special, RNG.normal(size=50).astype(np.float32)])
+    ordered = np.asarray(similarity._sorted(jnp.asarray(values)[None, :, None]))[0, :, 0]
+    # Compared as bits: XLA's own comparisons may flush subnormal numbers to zero.
+    expected = np.sort(values)
+    np.testing.assert_array_equal(ordered, expected)
+    assert np.signbit(ordered[expected == 0]).tolist() == [True, False]
+
+
+def test_sketch_is_hazen_s_quantile():
+    levels = (np.arange(8) + 0.5) / 8
+    expected = np.quantile(SAMPLES[0].astype(np.float64), levels, axis=0, method="hazen")
+    np.testing.assert_allclose(similarity.quantile_sketch(SAMPLES[0], 8), expected, atol=1e-6)
+
+
+def test_sketch_of_all_samples_is_the_sorted_sample():
+    np.testing.assert_allclose(
+        similarity.quantile_sketch(SAMPLES[0], 40), np.sort(SAMPLES[0], axis=0), atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("size", [1, 3, 39])
+def test_sketch_ignores_padding(size):
+    padded = SAMPLES[0].copy()
+    padded[size:] = 7.0
+    sketch = jax.jit(similarity.quantile_sketch, static_argnums=1)(padded, 8, size=size)
+    np.testing.assert_array_equal(sketch, similarity.quantile_sketch(SAMPLES[0][:size], 8))
+
+
+def test_sketches_approximate_the_distance():
+    samples = np.random.default_rng(2).normal(size=(3, 400, 4)).astype(np.float32)
+    samples += np.arange(3, dtype=np.float32)[:, None, None]
+    sketches = jax.vmap(lambda s: similarity.quantile_sketch(s, 32))(samples)
+    exact = similarity.pairwise_wasserstein(samples, method="per_dimension")
+    rough = similarity.pairwise_wasserstein(sketches, method="per_dimension")
+    np.testing.assert_allclose(rough, exact, rtol=0.03, atol=1e-6)
+
+
+def js_reference(samples, num_bins):
+    """Plain float64 loops, with SciPy's Jensen-Shannon distance squared."""
+    num_clients, size, num_dims = samples.shape
+    total = np.zeros((num_clients, num_clients))
+    for d in range(num_dims):
+        rows = np.sort(samples[:, :, d].astype(np.float64), axis=1)
+        low = 1.5 * rows[:, :1] - 0.5 * rows[:, 1:2]
+        high = 1.5 * rows[:, -1:] - 0.5 * rows[:, -2:-1]
+        knots = np.concatenate([low, rows, high], axis=1)
+        levels = np.concatenate([[0], (np.arange(size) + 0.5) / size, [1]])
+        edges = np.linspace(knots.min(), knots.max(), num_bins + 1)
+        masses = [np.diff(np.interp(edges, k, levels)) for k in knots]
+        for i in range(num_clients):
+            for j in range(num_clients):
+                total[i, j] += scipy.spatial.distance.jensenshannon(masses[i], masses[j]) ** 2
+    return total / num_dims
+
+
+def test_js_equals_scipy():
+    divergence = jax.jit(similarity.pairwise_js)(SAMPLES)
+    np.testing.assert_allclose(divergence, js_reference(SAMPLES, 32), atol=2e-5)
+    np.testing.assert_array_equal(np.diag(divergence), 0)
+
+
+def test_js_bounds_and_constant_dimensions():
+    apart = np.stack([np.zeros((20, 2)), np.full((20, 2), 5.0)]).astype(np.float32)
+    np.testing.assert_allclose(similarity.pairwise_js(apart)[0, 1], np.log(2), rtol=1e-5)
+    same = np.ones((3, 20, 2), np.float32)
+    np.testing.assert_array_equal(similarity.pairwise_js(same), np.zeros((3, 3)))
+
+
+def test_js_of_sketches_approximates_that_of_samples():
+    samples = np.random.default_rng(3).normal(size=(2, 2000, 3)).astype(np.float32)
+    samples[1] += 1.0
+    sketches = jax.vmap(lambda s: similarity.quantile_sketch(s, 64))(samples)
+    exact = similarity.pairwise_js(samples, num_bins=16)[0, 1]
+    rough = similarity.pairwise_js(sketches, num_bins=16)[0, 1]
+    # Two unit normals one apart: 0.112 nats.
+    np.testing.assert_allclose([exact, rough], 0.112, atol=0.01)
+
+
+def test_similarity_and_weights():
+    distance = np.array([[0.0, 0.3, 1.0], [0.3, 0.0, 0.5], [1.0, 0.5, 0.0]])
+    expected = np.exp(1 / (1 + distance) / 0.1)
+    expected /= expected.sum(axis=1, keepdims=True)
+    result = similarity.weights(jnp.asarray(distance, jnp.float32), temperature=0.1)
+    np.testing.assert_allclose(result, expected, rtol=1e-5)
+    skewed = jnp.asarray(distance, jnp.float32).at[0, 1].set(0.9)
+    score = similarity.similarity(skewed)
+    np.testing.assert_array_equal(score, score.T)
+    np.testing.assert_allclose(score[0, 1], np.sqrt(1 / 1.9 / 1.3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_clients", [3, 5, 7])
+@pytest.mark.parametrize("temperature", [1.0, 0.02])
+def test_identical_clients_get_exactly_uniform_weights(num_clients, temperature):
+    samples = np.repeat(SAMPLES[:1], num_clients, axis=0)
+    distance = similarity.pairwise_wasserstein(samples, method="per_dimension")
+    result = similarity.weights(distance, temperature=temperature)
+    np.testing.assert_array_equal(result, np.full_like(result, np.float32(1) / num_clients))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="unknown method"):
+        similarity.pairwise_wasserstein(SAMPLES, method="energy")
+    with pytest.raises(ValueError, match="give it a key"):
+        similarity.pairwise_wasserstein(SAMPLES, method="sliced")
+    with pytest.raises(ValueError, match=r"\[C, N, D\]"):
+        similarity.pairwise_wasserstein(SAMPLES[0], method="flat")
+    with pytest.raises(ValueError, match=r"\[N, D\]"):
+        similarity.quantile_sketch(SAMPLES, 4)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        similarity.weights(jnp.zeros((2, 2)), temperature=0.0)
