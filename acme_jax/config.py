@@ -94,6 +94,9 @@ class TrainConfig:
     """Distillation only: coefficient of the soft cross-entropy (lambda 1)."""
     hidden_loss: float = 0.1
     """Distillation only: coefficient of the hidden-state term (lambda 2)."""
+    depths_per_step: int = 4
+    """Depth distillation only: depths that each width trains in one step. All of them is
+    DynaBERT's rule; fewer are drawn at random, so that every width and depth takes part."""
     max_shift: int = 2
     """Augmentation: each image moves by up to this many pixels."""
     shards: int = 2
@@ -102,6 +105,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "epochs", "batch_size", "learning_rate", "clip_norm", "shards")
+        _check_positive(self, "depths_per_step")
         _check(
             0.0 <= self.warmup_fraction < 1.0,
             f"TrainConfig.warmup_fraction must be in [0, 1), got {self.warmup_fraction}",

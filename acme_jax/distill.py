@@ -53,8 +53,9 @@ def reference_grad(config: ViTConfig, label_smoothing: float = 0.1) -> GradFn:
         return loss, jnp.mean(jnp.argmax(logits, -1) == labels)
 
     def grad_fn(
-        params: Params, teacher: None, images: Array, labels: Array
+        key: Array, params: Params, teacher: None, images: Array, labels: Array
     ) -> tuple[dict[str, Array], Params]:
+        del key, teacher
         (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, images, labels)
         return {"loss": loss, "accuracy": accuracy}, grads
 
@@ -75,6 +76,10 @@ def distillation_grad(
     depth; the teacher is the frozen width-adaptive network at the *same* width. Loss of one
     sub-network: `logit_loss * soft cross-entropy + hidden_loss * hidden-state term`.
 
+    `train.depths_per_step` may be lower than the number of depths: then every step draws a
+    random Latin assignment, so that each width and each depth still takes part (equally
+    often in the long run), for a fraction of the cost.
+
     Args:
       config: static sizes.
       space: the choices; widths pair head choice i with neuron choice i.
@@ -83,16 +88,19 @@ def distillation_grad(
     """
     depths = space.depth_choices if elastic_depth else (space.num_layers,)
     keeps = jnp.stack([keep_mask(space.num_layers, jnp.int32(d)) > 0 for d in depths])
+    per_step = min(train.depths_per_step, len(depths))
     widths = list(zip(space.head_choices, space.neuron_choices, strict=True))
     full_depth = jnp.ones(space.num_layers, bool)
 
     def grad_fn(
-        params: Params, teacher: Params, images: Array, labels: Array
+        key: Array, params: Params, teacher: Params, images: Array, labels: Array
     ) -> tuple[dict[str, Array], Params]:
         total_loss = jnp.float32(0.0)
         grads = jax.tree.map(jnp.zeros_like, params)
         target = supernet.apply(teacher, images, config)
-        for heads, neurons in widths:
+        order = jax.random.permutation(key, len(depths))
+        for width, (heads, neurons) in enumerate(widths):
+            drawn = keeps[order[(width + jnp.arange(per_step)) % len(depths)]]
             if elastic_depth:
                 target = supernet.apply_width(
                     teacher, images, config, heads, neurons, full_depth
@@ -116,8 +124,8 @@ def distillation_grad(
                 return (loss + value, jax.tree.map(jnp.add, grads, grad)), None
 
             # A scan over depths, not a vmap: blocks that are not kept are then really skipped.
-            (total_loss, grads), _ = lax.scan(add, (total_loss, grads), keeps)
-        count = len(widths) * len(depths)
+            (total_loss, grads), _ = lax.scan(add, (total_loss, grads), drawn)
+        count = len(widths) * per_step
         return {"loss": total_loss / count}, grads
 
     return grad_fn

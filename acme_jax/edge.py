@@ -67,10 +67,11 @@ class LinearHeader(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Weights under training, and the optimiser's state."""
+    """Weights under training, the optimiser's state and the steps made."""
 
     params: Params
     opt_state: Any
+    step: jax.Array  # [] int32
 
 
 def search_header(
@@ -105,54 +106,48 @@ def search_header(
     train = _dataset(train_features, train_labels, "train")
     select = _dataset(select_features, select_labels, "select")
     report = progress or _silent
-    programs = _search_programs(dims, config, _steps(len(train_labels), config))
-    init_key, epochs_key, candidate_key, final_key = jax.random.split(key, 4)
+    programs, policy = _programs(dims, config, linear=False), _policy_programs(dims, config)
+    child_key, policy_key, epochs_key, candidate_key, final_key = jax.random.split(key, 5)
+    steps = _steps(train, config)
 
-    children, policy = programs.init(init_key)
-    losses, rewards, entropies = [], [], []
+    children, state, rows = programs.init(child_key), policy.init(policy_key), []
     for epoch in range(config.search_epochs):
-        epoch_key = jax.random.fold_in(epochs_key, epoch)
-        children, policy, numbers = programs.epoch(epoch_key, children, policy, train, select)
-        loss, reward, entropy = (float(number) for number in numbers)
-        losses.append(loss)
-        rewards.append(reward)
-        entropies.append(entropy)
-        report(
-            {
-                "phase": "header_search",
-                "epoch": epoch,
-                "loss": loss,
-                "reward": reward,
-                "entropy": entropy,
-            }
+        cells_key, train_key, reward_key = jax.random.split(
+            jax.random.fold_in(epochs_key, epoch), 3
         )
+        drawn = policy.draw(jax.random.split(cells_key, steps), state)
+        children, loss = programs.epoch(
+            train_key, children, drawn, config.search_epochs * steps, train
+        )
+        state, (reward, entropy) = policy.epoch(reward_key, state, children.params, select)
+        rows.append((float(loss), float(reward), float(entropy)))
+        numbers = dict(zip(("loss", "reward", "entropy"), rows[-1], strict=True))
+        report({"phase": "header_search", "epoch": epoch, **numbers})
 
-    candidates = _distinct(programs.draw(candidate_key, policy), config.num_candidates)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(cells.from_static, candidates))
-    accuracies = np.asarray(programs.rank(children.params, stacked, select))
+    keys = jax.random.split(candidate_key, _OVERSAMPLING * config.num_candidates)
+    candidates = _distinct(policy.draw(keys, state), config.num_candidates)
+    genomes = [cells.from_static(cell) for cell in candidates]
+    accuracies = np.asarray(
+        [float(programs.accuracy(children.params, genome, select)) for genome in genomes]
+    )
     order = np.argsort(-accuracies, kind="stable")
     winner = candidates[order[0]]
 
-    params, final_losses = _fit(
-        final_key,
-        _final_programs(dims, winner, config, _steps(len(train_labels), config)),
-        header.extract(children.params, winner, dims),
-        train,
-        config,
-        "header_final",
-        report,
+    fresh = TrainState(
+        children.params, _optimizer().init(children.params), jnp.zeros((), jnp.int32)
     )
-    accuracy = _final_programs(dims, winner, config, _steps(len(train_labels), config)).accuracy
+    params, final_losses = _fit(
+        final_key, programs, fresh, genomes[order[0]], train, config, "header_final", report
+    )
+    columns = np.asarray(rows).T
     return HeaderSearch(
         cell=winner,
-        params=params,
+        params=header.extract(params, winner, dims),
         gate_layout=header.gate_layout(dims, winner),
         candidate_cells=tuple(candidates[index] for index in order),
         candidate_accuracies=accuracies[order],
-        history=SearchHistory(
-            np.asarray(losses), np.asarray(rewards), np.asarray(entropies), final_losses
-        ),
-        select_accuracy=float(accuracy(params, select)),
+        history=SearchHistory(*columns, final_losses),
+        select_accuracy=float(programs.accuracy(params, genomes[order[0]], select)),
     )
 
 
@@ -172,18 +167,19 @@ def train_linear_header(
     """
     train = _dataset(train_features, train_labels, "train")
     select = _dataset(select_features, select_labels, "select")
-    programs = _final_programs(dims, None, config, _steps(len(train_labels), config))
+    programs = _programs(dims, config, linear=True)
     init_key, fit_key = jax.random.split(key)
     params, losses = _fit(
         fit_key,
         programs,
-        header.init_linear(init_key, dims.embed_dim, dims.num_classes),
+        programs.init(init_key),
+        None,
         train,
         config,
         "header_linear",
         progress or _silent,
     )
-    return LinearHeader(params, losses, float(programs.accuracy(params, select)))
+    return LinearHeader(params, losses, float(programs.accuracy(params, None, select)))
 
 
 class _Dataset(NamedTuple):
@@ -191,171 +187,121 @@ class _Dataset(NamedTuple):
     labels: jax.Array  # [N] int32
 
 
-class _SearchPrograms(NamedTuple):
-    init: Callable[..., Any]
-    epoch: Callable[..., Any]
-    draw: Callable[..., Cell]
-    rank: Callable[..., jax.Array]
+class _Programs(NamedTuple):
+    """Programs of one kind of header, jitted but for `init`; `choice` is a cell, or None for the linear one."""
+
+    init: Callable[..., TrainState]  # key -> state
+    epoch: Callable[..., Any]  # key, state, choices [steps], num_steps, train -> state, loss
+    accuracy: Callable[..., jax.Array]  # params, choice, select -> []
 
 
-class _FinalPrograms(NamedTuple):
-    init: Callable[[Params], TrainState]
-    epoch: Callable[..., Any]
-    accuracy: Callable[..., jax.Array]
+class _PolicyPrograms(NamedTuple):
+    init: Callable[..., controller.ControllerState]  # key -> state
+    epoch: Callable[..., Any]  # key, state, params, select -> state, (reward, entropy)
+    draw: Callable[..., Cell]  # keys [S], state -> cells [S]
+
+
+# The chosen cell is a traced argument even in the final training: the program that searched is
+# then reused, at every edge, instead of compiling a new one for each winner.
+@functools.lru_cache(maxsize=8)
+def _programs(dims: HeaderDims, config: HeaderConfig, linear: bool) -> _Programs:
+    optimizer = _optimizer()
+
+    def predict(params: Params, choice: Any, features: jax.Array) -> jax.Array:
+        if linear:
+            return header.apply_linear(params, features)
+        return header.apply_shared(params, choice, dims, features)
+
+    def init(key: jax.Array) -> TrainState:
+        if linear:
+            params = header.init_linear(key, dims.embed_dim, dims.num_classes)
+        else:
+            params = header.init_shared(key, dims)
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def epoch(
+        key: jax.Array, state: TrainState, choices: Any, num_steps: jax.Array, train: _Dataset
+    ) -> tuple[TrainState, jax.Array]:
+        def step(state: TrainState, batch: tuple[jax.Array, Any]) -> Any:
+            rows, choice = batch
+
+            def loss_of(params: Params) -> jax.Array:
+                logits = predict(params, choice, train.features[rows])
+                return optax.softmax_cross_entropy_with_integer_labels(
+                    logits, train.labels[rows]
+                ).mean()
+
+            loss, grads = jax.value_and_grad(loss_of)(state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            rate = config.learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * state.step / num_steps))
+            params = jax.tree.map(lambda leaf, change: leaf - rate * change, state.params, updates)
+            return TrainState(params, opt_state, state.step + 1), loss
+
+        size = min(config.batch_size, len(train.labels))
+        steps = len(train.labels) // size
+        # the remainder of incomplete batches waits for another epoch's shuffle
+        rows = jax.random.permutation(key, len(train.labels))[: steps * size].reshape(steps, size)
+        state, losses = lax.scan(step, state, (rows, choices))
+        return state, losses.mean()
+
+    def accuracy(params: Params, choice: Any, select: _Dataset) -> jax.Array:
+        return _accuracy(predict(params, choice, select.features), select.labels)
+
+    return _Programs(init, jax.jit(epoch), jax.jit(accuracy))
 
 
 @functools.lru_cache(maxsize=8)
-def _search_programs(
-    dims: HeaderDims, config: HeaderConfig, steps_per_epoch: int
-) -> _SearchPrograms:
-    space = CellSpace(dims.blocks)
-    policy = controller.reinforce(space)
-    optimizer = _optimizer(config, config.search_epochs * steps_per_epoch)
-
-    def init(key: jax.Array) -> tuple[TrainState, controller.ControllerState]:
-        shared_key, policy_key = jax.random.split(key)
-        params = header.init_shared(shared_key, dims)
-        return TrainState(params, optimizer.init(params)), policy.init(policy_key)
-
-    def predict(params: Params, cell: Cell, features: jax.Array) -> jax.Array:
-        return header.apply_shared(params, cell, dims, features)
-
-    def train_policy(
-        state: controller.ControllerState, step: Any
-    ) -> tuple[controller.ControllerState, Any]:
-        key, params, select = step
-        cell_key, batch_key = jax.random.split(key)
-        cell = policy.sample(cell_key, state)
-        count = min(config.batch_size, len(select.labels))
-        rows = jax.random.permutation(batch_key, len(select.labels))[:count]
-        logits = predict(params, cell, select.features[rows])
-        reward = 100.0 * _accuracy(logits, select.labels[rows])
-        state, info = policy.update(state, cell, reward)
-        return state, (reward, info.entropy)
+def _policy_programs(dims: HeaderDims, config: HeaderConfig) -> _PolicyPrograms:
+    policy = controller.reinforce(CellSpace(dims.blocks))
 
     def epoch(
-        key: jax.Array,
-        children: TrainState,
-        policy_state: controller.ControllerState,
-        train: _Dataset,
-        select: _Dataset,
+        key: jax.Array, state: controller.ControllerState, params: Params, select: _Dataset
     ) -> Any:
-        child_key, policy_key = jax.random.split(key)
+        count = min(config.batch_size, len(select.labels))
 
-        def draw(key: jax.Array) -> Cell:
-            return policy.sample(key, policy_state)
+        def step(state: controller.ControllerState, key: jax.Array) -> Any:
+            cell_key, batch_key = jax.random.split(key)
+            cell = policy.sample(cell_key, state)
+            rows = jax.random.randint(batch_key, (count,), 0, len(select.labels))
+            logits = header.apply_shared(params, cell, dims, select.features[rows])
+            reward = 100.0 * _accuracy(logits, select.labels[rows])
+            state, info = policy.update(state, cell, reward)
+            return state, (reward, info.entropy)
 
-        children, loss = _train_epoch(
-            child_key, optimizer, predict, children, train, config.batch_size, draw
-        )
-        keys = jax.random.split(policy_key, config.controller_steps)
-        policy_state, (rewards, entropies) = lax.scan(
-            lambda state, key: train_policy(state, (key, children.params, select)),
-            policy_state,
-            keys,
-        )
-        return children, policy_state, (loss, rewards.mean(), entropies.mean())
+        state, numbers = lax.scan(step, state, jax.random.split(key, config.controller_steps))
+        return state, jax.tree.map(jnp.mean, numbers)
 
-    def draw_many(key: jax.Array, state: controller.ControllerState) -> Cell:
-        keys = jax.random.split(key, _OVERSAMPLING * config.num_candidates)
-        return jax.vmap(lambda key: policy.sample(key, state))(keys)
-
-    def rank(params: Params, candidates: Cell, select: _Dataset) -> jax.Array:
-        return lax.map(
-            lambda cell: _accuracy(predict(params, cell, select.features), select.labels),
-            candidates,
-        )
-
-    return _SearchPrograms(jax.jit(init), jax.jit(epoch), jax.jit(draw_many), jax.jit(rank))
-
-
-@functools.lru_cache(maxsize=32)
-def _final_programs(
-    dims: HeaderDims, cell: StaticCell | None, config: HeaderConfig, steps_per_epoch: int
-) -> _FinalPrograms:
-    """Training of one chosen cell, or of the linear header when `cell` is None."""
-    optimizer = _optimizer(config, config.final_epochs * steps_per_epoch)
-
-    def predict(params: Params, _: None, features: jax.Array) -> jax.Array:
-        if cell is None:
-            return header.apply_linear(params, features)
-        return header.apply(params, cell, dims, features)
-
-    def epoch(key: jax.Array, state: TrainState, train: _Dataset) -> tuple[TrainState, jax.Array]:
-        return _train_epoch(
-            key, optimizer, predict, state, train, config.batch_size, lambda _: None
-        )
-
-    def accuracy(params: Params, select: _Dataset) -> jax.Array:
-        return _accuracy(predict(params, None, select.features), select.labels)
-
-    return _FinalPrograms(
-        lambda params: TrainState(params, optimizer.init(params)),
-        jax.jit(epoch),
-        jax.jit(accuracy),
-    )
-
-
-def _train_epoch(
-    key: jax.Array,
-    optimizer: optax.GradientTransformation,
-    predict: Callable[..., jax.Array],
-    state: TrainState,
-    train: _Dataset,
-    batch_size: int,
-    draw: Callable[[jax.Array], Any],
-) -> tuple[TrainState, jax.Array]:
-    """One pass over shuffled full batches; the remainder waits for another epoch's shuffle.
-
-    Returns:
-      The state and the mean batch loss [].
-    """
-    order_key, draw_key = jax.random.split(key)
-    count = len(train.labels)
-    size = min(batch_size, count)
-    steps = count // size
-    rows = jax.random.permutation(order_key, count)[: steps * size].reshape(steps, size)
-
-    def step(state: TrainState, batch: tuple[jax.Array, jax.Array]) -> Any:
-        rows, key = batch
-        choice = draw(key)
-
-        def loss_of(params: Params) -> jax.Array:
-            logits = predict(params, choice, train.features[rows])
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits, train.labels[rows]
-            ).mean()
-
-        loss, grads = jax.value_and_grad(loss_of)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
-
-    state, losses = lax.scan(step, state, (rows, jax.random.split(draw_key, steps)))
-    return state, losses.mean()
+    draw = jax.vmap(policy.sample, in_axes=(0, None))
+    return _PolicyPrograms(policy.init, jax.jit(epoch), jax.jit(draw))
 
 
 def _fit(
     key: jax.Array,
-    programs: _FinalPrograms,
-    params: Params,
+    programs: _Programs,
+    state: TrainState,
+    choice: Any,
     train: _Dataset,
     config: HeaderConfig,
     phase: str,
     report: Progress,
 ) -> tuple[Params, np.ndarray]:
-    """Trains for `final_epochs`; returns the weights and the loss of each epoch."""
-    state, losses = programs.init(params), []
+    """Trains one choice for `final_epochs`; returns the weights and the loss of each epoch."""
+    steps, losses = _steps(train, config), []
+    choices = jax.tree.map(lambda gene: jnp.stack([gene] * steps), choice)
     for epoch in range(config.final_epochs):
-        state, loss = programs.epoch(jax.random.fold_in(key, epoch), state, train)
+        epoch_key = jax.random.fold_in(key, epoch)
+        state, loss = programs.epoch(epoch_key, state, choices, config.final_epochs * steps, train)
         losses.append(float(loss))
         report({"phase": phase, "epoch": epoch, "loss": losses[-1]})
     return state.params, np.asarray(losses)
 
 
-def _optimizer(config: HeaderConfig, num_steps: int) -> optax.GradientTransformation:
-    schedule = optax.cosine_decay_schedule(config.learning_rate, num_steps)
+def _optimizer() -> optax.GradientTransformation:
+    """AdamW without its learning rate, which the epoch program applies."""
     return optax.chain(
-        optax.clip_by_global_norm(CLIP_NORM), optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
+        optax.clip_by_global_norm(CLIP_NORM),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(WEIGHT_DECAY),
     )
 
 
@@ -363,7 +309,8 @@ def _distinct(drawn: Cell, count: int) -> list[StaticCell]:
     """The first `count` different cells in drawing order; fewer when there are fewer."""
     inputs, ops = np.asarray(drawn.inputs), np.asarray(drawn.ops)
     genomes = (
-        cells.to_static(Cell(*genes)) for genes in zip(inputs, ops, strict=True)  # type: ignore[arg-type]
+        cells.to_static(Cell(*genes))
+        for genes in zip(inputs, ops, strict=True)  # type: ignore[arg-type]
     )
     return list(dict.fromkeys(genomes))[:count]
 
@@ -372,8 +319,9 @@ def _accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return (logits.argmax(-1) == labels).mean()
 
 
-def _steps(count: int, config: HeaderConfig) -> int:
-    return count // min(config.batch_size, count)
+def _steps(train: _Dataset, config: HeaderConfig) -> int:
+    """Full batches of an epoch."""
+    return len(train.labels) // min(config.batch_size, len(train.labels))
 
 
 def _dataset(features: jax.Array, labels: jax.Array, name: str) -> _Dataset:

@@ -67,19 +67,18 @@ __all__ = [
 
 
 def init_shared(key: jax.Array, dims: HeaderDims) -> Params:
-    """Draws the search supernet's weights.
+    """Draws the search supernet's weights; call it outside jit (its draws compile once).
 
-    Operation leaves lead with [L, S, N]: layer, slot (2 * block + side) and input node; nodes
-    that a block cannot read keep unused weights, which makes all slots alike.
+    Operation leaves lead with [L, S, N, 3]: layer, slot (2 * block + side), input node and
+    separable convolution, in the order of `header_ops.KERNEL_SIZES`; all kernels are stored
+    5 x 5 and masked to their size. Nodes that a block cannot read keep unused weights. Both make
+    all slots alike, so that one piece of program serves them.
     """
-    key, *op_keys = jax.random.split(key, 1 + len(header_ops.KERNEL_SIZES))
+    frame_key, op_key = jax.random.split(key)
     num_nodes = dims.blocks + 2
-    leading = (dims.num_layers, 2 * dims.blocks, num_nodes)
-    ops = {
-        OPS[op]: header_ops.init_sep(part, leading, size, dims.channels)
-        for part, (op, size) in zip(op_keys, header_ops.KERNEL_SIZES.items(), strict=True)
-    }
-    return {"ops": ops, **_init_frame(key, dims, num_nodes)}
+    leading = (dims.num_layers, 2 * dims.blocks, num_nodes, len(header_ops.KERNEL_SIZES))
+    ops = header_ops.init_sep(op_key, leading, header_ops.LARGEST_KERNEL, dims.channels)
+    return {"ops": ops, **_init_frame(frame_key, dims, num_nodes)}
 
 
 def apply_shared(params: Params, cell: Cell, dims: HeaderDims, features: jax.Array) -> jax.Array:
@@ -111,13 +110,15 @@ def apply_shared(params: Params, cell: Cell, dims: HeaderDims, features: jax.Arr
 
 def extract(shared: Params, cell: StaticCell, dims: HeaderDims) -> Params:
     """The chosen header's weights out of the supernet's; unused ones are left behind."""
-    genes = slot_genes(cell)
-    ops = {
-        str(slot): {
-            name: leaf[:, slot, genes[slot][0]] for name, leaf in shared["ops"][OPS[op]].items()
-        }
-        for slot, op in weighted_slots(check_cell(cell, dims))
-    }
+    genes, codes = slot_genes(cell), list(header_ops.KERNEL_SIZES)
+    ops = {}
+    for slot, op in weighted_slots(check_cell(cell, dims)):
+        place = (slice(None), slot, genes[slot][0], codes.index(op))
+        leaves = {name: leaf[place] for name, leaf in shared["ops"].items()}
+        size = header_ops.KERNEL_SIZES[op]
+        start = (header_ops.LARGEST_KERNEL - size) // 2
+        inner = slice(start, start + size)
+        ops[str(slot)] = {**leaves, "depthwise": leaves["depthwise"][:, :, inner, inner]}
     loose = jnp.asarray(cells.static_loose_ends(cell))
     kernel = shared["loose"]["kernel"][:, loose]
     return {**shared, "ops": ops, "loose": {**shared["loose"], "kernel": kernel}}
@@ -188,9 +189,7 @@ def apply(
         return (nodes[1], output), None
 
     stacked = {"ops": params["ops"], "loose": params["loose"]}
-    (_, last), _ = lax.scan(
-        layer, (stem, stem), (stacked, layers[0], layers[1]), unroll=True
-    )
+    (_, last), _ = lax.scan(layer, (stem, stem), (stacked, layers[0], layers[1]), unroll=True)
     return _classify(params, last)
 
 
@@ -198,7 +197,7 @@ def init_linear(key: jax.Array, embed_dim: int, num_classes: int) -> Params:
     """Weights of the linear baseline header: norm [D] and classifier [D, num_classes]."""
     return {
         "norm": header_ops.init_norm((embed_dim,)),
-        "classifier": _init_classifier(key, embed_dim, num_classes),
+        "classifier": _init_classifier(jax.random.normal(key, (embed_dim, num_classes))),
     }
 
 
@@ -217,56 +216,60 @@ def _gate_points(
     both = [ones if values is None else values for values in (gates, mask)]
     for name, values in zip(("gates", "mask"), both, strict=True):
         if values.shape != ones.shape:
-            raise ValueError(f"{name} has shape {values.shape}; this cell has {ones.shape[0]} gates")
+            raise ValueError(
+                f"{name} has shape {values.shape}; this cell has {ones.shape[0]} gates"
+            )
     return jnp.stack(both).reshape(2, -1, dims.channels)
 
 
 @jax.checkpoint
 def _switch(op: jax.Array, node: jax.Array, weights: Params, inputs: jax.Array) -> jax.Array:
-    """Runs one traced operation; weights lead with [N], inputs [B, gh, gw, C].
+    """Runs one traced operation; weights lead with [N, 3], inputs [B, gh, gw, C].
 
     Recomputed in the backward pass: otherwise every branch's residuals would be stored, filled
     with zeros, for each operation, which costs more than the operation. The separable
-    convolutions share one branch, their kernels padded to the largest, which halves the
-    compile time.
+    convolutions share one branch, because compiling the branches bounds a short search.
     """
     ones = jnp.ones((2, inputs.shape[-1]))
-    largest = max(header_ops.KERNEL_SIZES.values())
-    codes = list(header_ops.KERNEL_SIZES)
-
-    def load(code: int) -> Params:
-        leaves = {name: leaf[node] for name, leaf in weights[OPS[code]].items()}
-        margin = (largest - header_ops.KERNEL_SIZES[code]) // 2
-        border = ((0, 0), (margin, margin), (margin, margin), (0, 0))
-        return {**leaves, "depthwise": jnp.pad(leaves["depthwise"], border)}
+    sizes, largest = header_ops.KERNEL_SIZES, header_ops.LARGEST_KERNEL
+    reach = jnp.asarray([size // 2 for size in sizes.values()])
+    offset = jnp.abs(jnp.arange(largest) - largest // 2)
 
     def separable(grid: jax.Array) -> jax.Array:
-        which = jnp.argmax(jnp.asarray(codes) == op)
-        loaded = lax.switch(which, [functools.partial(load, code) for code in codes])
-        return header_ops.sep(loaded, grid, ones, ones)
+        which = jnp.argmax(jnp.asarray(list(sizes)) == op)
+        loaded = {name: leaf[node, which] for name, leaf in weights.items()}
+        inside = jnp.maximum(offset[:, None], offset[None]) <= reach[which]
+        kernel = loaded["depthwise"] * inside[None, :, :, None]
+        return header_ops.sep({**loaded, "depthwise": kernel}, grid, ones, ones, unroll=False)
 
-    plain = [code for code in range(len(OPS)) if code not in codes]
+    plain = [code for code in range(len(OPS)) if code not in sizes]
     branches = [separable, *(functools.partial(header_ops.apply_plain, code) for code in plain)]
-    branch = jnp.asarray([0 if code in codes else 1 + plain.index(code) for code in range(len(OPS))])
-    return lax.switch(branch[op], branches, inputs)
+    order = [0 if code in sizes else 1 + plain.index(code) for code in range(len(OPS))]
+    return lax.switch(jnp.asarray(order)[op], branches, inputs)
 
 
 def _init_frame(key: jax.Array, dims: HeaderDims, num_loose: int) -> Params:
     """Stem, loose-end matrices and classifier: all but the operations."""
-    stem_key, loose_key, classifier_key = jax.random.split(key, 3)
     size, layers = dims.channels, dims.num_layers
-    kernel = jax.random.normal(stem_key, (dims.embed_dim, size)) / math.sqrt(dims.embed_dim)
-    loose = jax.random.normal(loose_key, (layers, num_loose, size, size)) * math.sqrt(2 / size)
+    stem, loose, classifier = header_ops.normals(
+        key, (dims.embed_dim, size), (layers, num_loose, size, size), (size, dims.num_classes)
+    )
     return {
-        "stem": {"kernel": kernel, "norm": header_ops.init_norm((size,))},
-        "loose": {"kernel": loose, "norm": header_ops.init_norm((layers, size))},
-        "classifier": _init_classifier(classifier_key, size, dims.num_classes),
+        "stem": {
+            "kernel": stem / math.sqrt(dims.embed_dim),
+            "norm": header_ops.init_norm((size,)),
+        },
+        "loose": {
+            "kernel": header_ops.near_identity(loose),
+            "norm": header_ops.init_norm((layers, size)),
+        },
+        "classifier": _init_classifier(classifier),
     }
 
 
-def _init_classifier(key: jax.Array, size: int, num_classes: int) -> Params:
-    kernel = jax.random.normal(key, (size, num_classes)) / math.sqrt(size)
-    return {"kernel": kernel, "bias": jnp.zeros(num_classes)}
+def _init_classifier(noise: jax.Array) -> Params:
+    size, num_classes = noise.shape
+    return {"kernel": noise / math.sqrt(size), "bias": jnp.zeros(num_classes)}
 
 
 def _stem(
@@ -279,7 +282,9 @@ def _stem(
             f"features have shape {features.shape}; expected [B, {tokens}, {dims.embed_dim}] "
             f"for a grid of {dims.grid_height} x {dims.grid_width} (drop the class token)"
         )
-    hidden = header_ops.norm(params["stem"]["norm"], features @ params["stem"]["kernel"], gate, mask)
+    hidden = header_ops.norm(
+        params["stem"]["norm"], features @ params["stem"]["kernel"], gate, mask
+    )
     return hidden.reshape(-1, dims.grid_height, dims.grid_width, dims.channels)
 
 

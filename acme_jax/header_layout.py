@@ -109,6 +109,12 @@ def num_params(dims: HeaderDims, cell: StaticCell, mask: npt.ArrayLike | None = 
     return sum(piece.params for piece in _pieces(dims, cell, mask))
 
 
+def max_num_params(dims: HeaderDims) -> int:
+    """Parameters of the largest header of these sizes: all 5 x 5, no block's output reused."""
+    largest = OPS.index("sep5x5")
+    return num_params(dims, ((0, largest, 1, largest),) * dims.blocks)
+
+
 def num_flops(dims: HeaderDims, cell: StaticCell, mask: npt.ArrayLike | None = None) -> int:
     """Forward FLOPs for one example, multiply-add = 2; arguments and errors as `num_params`.
 
@@ -123,9 +129,7 @@ class _Piece(NamedTuple):
     flops: int
 
 
-def _pieces(
-    dims: HeaderDims, cell: StaticCell, mask: npt.ArrayLike | None
-) -> Iterator[_Piece]:
+def _pieces(dims: HeaderDims, cell: StaticCell, mask: npt.ArrayLike | None) -> Iterator[_Piece]:
     """Every tensor's share, following which channels [C] each node still carries."""
     total = num_gates(dims, check_cell(cell, dims))
     active = np.ones(total, bool) if mask is None else np.asarray(mask) > 0.5

@@ -10,6 +10,7 @@ removable.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,11 @@ Params = dict[str, jax.Array]
 
 KERNEL_SIZES = {OPS.index("sep1x1"): 1, OPS.index("sep3x3"): 3, OPS.index("sep5x5"): 5}
 """Operation code -> depthwise kernel size, for the operations that have weights."""
+
+LARGEST_KERNEL = max(KERNEL_SIZES.values())
+
+NOISE = 0.5
+"""Size of the random part of a near-identity weight, in units of the usual fan-in scale."""
 
 _EPSILON = 1e-5
 
@@ -123,22 +129,47 @@ def _neighbours(inputs: jax.Array, axis: int, fill: float) -> tuple[jax.Array, j
 
 
 def init_sep(key: jax.Array, leading: tuple[int, ...], size: int, channels: int) -> Params:
-    """Weights of separable convolutions; `leading` axes, then 2 repetitions.
+    """Weights of separable convolutions, near the identity; `leading` axes, then 2 repetitions.
+
+    Kernels start as a centre tap and pointwise matrices as the identity, each with noise. All
+    operations then begin alike, so the shared weights of a search agree with each other from
+    the first batch on; with independent random matrices a short search learns nothing.
 
     Returns:
       depthwise [..., 2, k, k, C], pointwise [..., 2, C, C], scale and bias [..., 2, C].
     """
-    depthwise_key, pointwise_key = jax.random.split(key)
     shape = (*leading, 2)
+    depthwise, pointwise = normals(
+        key, (*shape, size, size, channels), (*shape, channels, channels)
+    )
+    centre = np.zeros((size, size, 1), np.float32)
+    centre[size // 2, size // 2] = 1.0
+    wide = tuple(range(len(shape)))
     return {
-        "depthwise": jax.random.normal(depthwise_key, (*shape, size, size, channels)) / size,
-        "pointwise": jax.random.normal(pointwise_key, (*shape, channels, channels))
-        * math.sqrt(2 / channels),
+        "depthwise": jnp.expand_dims(centre, wide) + NOISE * depthwise / size,
+        "pointwise": near_identity(pointwise),
         **init_norm((*shape, channels)),
     }
 
 
-def sep(params: Params, inputs: jax.Array, gates: jax.Array, masks: jax.Array) -> jax.Array:
+def near_identity(noise: jax.Array) -> jax.Array:
+    """Square matrices [..., C, C] near the identity, from standard normal noise."""
+    channels = noise.shape[-1]
+    wide = tuple(range(noise.ndim - 2))
+    return jnp.expand_dims(jnp.eye(channels), wide) + NOISE * noise / math.sqrt(channels)
+
+
+def normals(key: jax.Array, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    """Standard normal arrays out of one draw, which compiles once instead of for each shape."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    flat = jax.random.normal(key, (int(ends[-1]),))
+    pieces = jnp.split(flat, ends[:-1].tolist())
+    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def sep(
+    params: Params, inputs: jax.Array, gates: jax.Array, masks: jax.Array, *, unroll: bool = True
+) -> jax.Array:
     """Twice [ReLU, depthwise k x k, pointwise 1 x 1, norm, gate] (ENAS; ACME section 4).
 
     Args:
@@ -146,13 +177,16 @@ def sep(params: Params, inputs: jax.Array, gates: jax.Array, masks: jax.Array) -
       inputs: [B, gh, gw, C].
       gates: [2, C], one vector after each norm.
       masks: [2, C], 0/1.
+      unroll: whether the two repetitions are two pieces of the program (faster to run) or one
+        (faster to compile).
     """
-    for repetition in range(2):
-        hidden = depthwise(params["depthwise"][repetition], jax.nn.relu(inputs))
-        hidden = hidden @ params["pointwise"][repetition]
-        affine = {name: params[name][repetition] for name in ("scale", "bias")}
-        inputs = norm(affine, hidden, gates[repetition], masks[repetition])
-    return inputs
+
+    def repetition(grid: jax.Array, step: tuple[Params, jax.Array, jax.Array]) -> Any:
+        weights, gate, mask = step
+        hidden = depthwise(weights["depthwise"], jax.nn.relu(grid)) @ weights["pointwise"]
+        return norm(weights, hidden, gate, mask), None
+
+    return lax.scan(repetition, inputs, (params, gates, masks), unroll=unroll)[0]
 
 
 def apply_plain(op: int, inputs: jax.Array) -> jax.Array:

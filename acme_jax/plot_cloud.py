@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from acme_jax.plot_style import COLOURS, GREY, WIDTH, edge_colour, ink
 from acme_jax.wording import Results, column, percent, quantity
@@ -203,7 +204,7 @@ def figure_hypervolume(results: Results) -> Figure | None:
     )
     axis.set_xlabel("generation")
     axis.set_ylabel("hypervolume (more is better)")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title("Progress of the Pareto search", size=11)
     axis.grid(axis="y", color="#eeeeee")
     return figure

@@ -48,7 +48,7 @@ def figure_similarity(results: Results) -> Figure | None:
     axes = figure.subplots(len(kinds) * bands, per_row, squeeze=False)
     labels = {d["device"]: d.get("labels", ()) for d in results.get("devices", ())}
     top = max(np.max(entry[key]) for entry in shown for key, _ in kinds if key in entry)
-    image = None
+    image: Any = None
     for axis in axes.flat:
         axis.set_visible(False)
     for place, entry in enumerate(shown):

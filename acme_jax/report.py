@@ -77,11 +77,11 @@ h1{font-size:1.7rem;margin:0}h2{font-size:1.25rem;margin:2.4rem 0 .6rem}
 margin:1.2rem 0}.headlines li{margin:.35rem 0}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;
 font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line);
+th,td{padding:.25rem .45rem;text-align:right;border-bottom:1px solid var(--line);
 vertical-align:top}th{vertical-align:bottom;border-bottom:2px solid var(--soft)}
 .text{text-align:left}td{white-space:nowrap}td.long{white-space:normal;min-width:14rem}
 figure{margin:1.6rem 0}figure img{display:block;max-width:100%;height:auto;background:#fff;
-border-radius:4px}h3{font-size:1.05rem;margin:0 0 .4rem}figcaption{max-width:60rem}
+border-radius:4px}h3{font-size:1.05rem;margin:0 0 .4rem}figcaption{max-width:60rem;margin-top:.4rem}
 pre{background:var(--tint);padding:.8rem;overflow-x:auto;font-size:.85rem}
 @media print{:root{--ink:#000;--paper:#fff;--soft:#444;--line:#bbb;--tint:#f4f6f8}
 body{max-width:none;padding:0;font-size:11px}table{font-size:8px}.scroll{overflow:visible}

@@ -65,6 +65,22 @@ def apply(sliced: Params, images: Array, config: ViTConfig) -> supernet.Outputs:
       images: [B, height, width, channels].
       config: of the full network (patch size and embedding are shared).
     """
+    inputs, final = _run_blocks(sliced, images, config)
+    return supernet.Outputs(supernet.classify(sliced, final), jnp.stack(inputs), final)
+
+
+def final_state(sliced: Params, images: Array, config: ViTConfig) -> Array:
+    """Last hidden state [B, T, D] before the final LayerNorm; needs no classifier."""
+    return _run_blocks(sliced, images, config)[1]
+
+
+def features(sliced: Params, images: Array, config: ViTConfig) -> Array:
+    """Tokens for headers [B, T - 1, D]: `final_state` without CLS, row-major over patches."""
+    return final_state(sliced, images, config)[:, 1:]
+
+
+def _run_blocks(sliced: Params, images: Array, config: ViTConfig) -> tuple[list[Array], Array]:
+    """The input of every block, and the last hidden state."""
     x = supernet.embed(sliced, images, config)
     inputs = []
     for weights in sliced["blocks"]:
@@ -72,13 +88,4 @@ def apply(sliced: Params, images: Array, config: ViTConfig) -> supernet.Outputs:
         block = Block(heads, head_size, weights["mlp"]["up_bias"].shape[0])
         inputs.append(x)
         x = block.apply({"params": weights}, x)
-    return supernet.Outputs(supernet.classify(sliced, x), jnp.stack(inputs), x)
-
-
-def features(sliced: Params, images: Array, config: ViTConfig) -> Array:
-    """Tokens for headers: last hidden state before the final LayerNorm, CLS dropped.
-
-    Returns:
-      [B, T - 1, D], row-major over the patch grid.
-    """
-    return apply(sliced, images, config).final[:, 1:]
+    return inputs, x

@@ -85,10 +85,15 @@ def embed(params: Params, images: Array, config: ViTConfig) -> Array:
     return jnp.concatenate([cls, tokens], axis=1) + params["position"][None]
 
 
+def normalise(params: Params, hidden: Array) -> Array:
+    """The final LayerNorm over the last axis."""
+    normed: Array = nn.LayerNorm().apply({"params": params["norm"]}, hidden)
+    return normed
+
+
 def classify(params: Params, final: Array) -> Array:
     """Last hidden state [B, T, D] -> logits [B, C] by the CLS token."""
-    normed = nn.LayerNorm().apply({"params": params["norm"]}, final[:, 0])
-    return normed @ params["classifier"]["kernel"] + params["classifier"]["bias"][None]
+    return normalise(params, final[:, 0]) @ params["classifier"]["kernel"] + params["classifier"]["bias"][None]
 
 
 def apply(

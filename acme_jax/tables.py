@@ -207,12 +207,13 @@ def seconds_table(timing: Mapping[str, Any]) -> Table:
     rows = []
     for phase in phases:
         seconds, compiling = phase["seconds"], phase.get("compile_seconds") or 0.0
-        rows.append((phase["phase"], f"{seconds - compiling:.1f}", f"{compiling:.1f}"))
-        rows[-1] += (f"{seconds:.1f}",)
+        rows.append(
+            (phase["phase"], *(f"{s:.1f}" for s in (seconds - compiling, compiling, seconds)))
+        )
     total = timing.get("total_seconds")
     if total is not None:
         compiling = sum(phase.get("compile_seconds") or 0.0 for phase in phases)
-        rows.append(("total", f"{total - compiling:.1f}", f"{compiling:.1f}", f"{total:.1f}"))
+        rows.append(("total", *(f"{s:.1f}" for s in (total - compiling, compiling, total))))
     notes = ["The total includes what lies between the phases."] if rows else []
     if timing.get("peak_memory_bytes"):
         notes.append(f"Peak memory {quantity(timing['peak_memory_bytes'], 'B')}.")

@@ -20,8 +20,10 @@ from acme_jax.config import ConfigError, TrainConfig
 from acme_jax.layout import AXIS, divide_mesh
 from acme_jax.vit import Params
 
-GradFn = Callable[[Params, Any, Array, Array], tuple[dict[str, Array], Params]]
-"""(params, teacher, images [b, ...], labels [b]) -> (metrics, gradients), means over b."""
+GradFn = Callable[[Array, Params, Any, Array, Array], tuple[dict[str, Array], Params]]
+"""(key, params, teacher, images [b, ...], labels [b]) -> (metrics, gradients), means over b.
+
+The key is the step's, the same for all parts of its batch."""
 
 
 class TrainState(NamedTuple):
@@ -103,10 +105,10 @@ def make_epoch(
     mesh = divide_mesh(mesh, shards)
 
     def sharded_grad(
-        params: Params, teacher: Any, images: Array, labels: Array
+        key: Array, params: Params, teacher: Any, images: Array, labels: Array
     ) -> tuple[dict[str, Array], Params]:
         # images [shards of this device, b, ...]; every device ends with the same sum.
-        parts = lax.map(lambda part: grad_fn(params, teacher, *part), (images, labels))
+        parts = lax.map(lambda part: grad_fn(key, params, teacher, *part), (images, labels))
         gathered = jax.tree.map(lambda leaf: lax.all_gather(leaf, AXIS, tiled=True), parts)
         return jax.tree.map(lambda leaf: _ordered_mean(leaf, shards), gathered)
 
@@ -115,7 +117,7 @@ def make_epoch(
     batch_grad = jax.shard_map(
         sharded_grad,
         mesh=mesh,
-        in_specs=(replicated, replicated, batch_spec, batch_spec),
+        in_specs=(replicated, replicated, replicated, batch_spec, batch_spec),
         out_specs=replicated,
         check_vma=False,
     )
@@ -124,7 +126,7 @@ def make_epoch(
         key: Array, state: TrainState, teacher: Any, images: Array, labels: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         num_steps = steps_per_epoch(images.shape[0], config)
-        order_key, shift_key = jax.random.split(jax.random.fold_in(key, state.epoch))
+        order_key, step_key = jax.random.split(jax.random.fold_in(key, state.epoch))
         order = jax.random.permutation(order_key, images.shape[0])
         order = order[: num_steps * config.batch_size].reshape(num_steps, config.batch_size)
 
@@ -133,11 +135,11 @@ def make_epoch(
         ) -> tuple[tuple[Params, optax.OptState], dict[str, Array]]:
             params, opt_state = carry
             indices, index = xs
-            batch = random_shift(
-                jax.random.fold_in(shift_key, index), images[indices], config.max_shift
-            )
+            shift_key, grad_key = jax.random.split(jax.random.fold_in(step_key, index))
+            batch = random_shift(shift_key, images[indices], config.max_shift)
             batch = batch.reshape(shards, -1, *images.shape[1:])
-            metrics, grads = batch_grad(params, teacher, batch, labels[indices].reshape(shards, -1))
+            batch_labels = labels[indices].reshape(shards, -1)
+            metrics, grads = batch_grad(grad_key, params, teacher, batch, batch_labels)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), metrics
 

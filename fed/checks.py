@@ -19,16 +19,6 @@ class Schedule(NamedTuple):
     epochs: int | None
 
 
-def make_schedule(
-    max_size: int, batch_size: int, num_steps: int | None, epochs: int | None
-) -> Schedule:
-    """The schedule for clients of at most max_size samples."""
-    if num_steps is None:
-        assert epochs is not None
-        num_steps = epochs * -(-max_size // batch_size)
-    return Schedule(num_steps, batch_size, epochs)
-
-
 def check_round(
     messages: Any,
     client_states: Any,
@@ -76,7 +66,10 @@ def check_round(
     for name, value in (("batch_size", batch_size), ("num_steps", num_steps), ("epochs", epochs)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    return make_schedule(data.labels.shape[1], batch_size, num_steps, epochs)
+    if epochs is not None:
+        num_steps = epochs * -(-data.labels.shape[1] // batch_size)
+    assert num_steps is not None
+    return Schedule(num_steps, batch_size, epochs)
 
 
 def check_step(before: Any, after: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fed.algorithm import FedAlgorithm
-from fed.checks import check_round, make_schedule
+from fed.checks import check_round
 from fed.clients import Batch, ClientData, batch_indices, take_row
 from fed.errors import ClientError
 
@@ -32,25 +33,26 @@ def run_clients_loop(
       ClientError: a function of the algorithm failed; names the client and the step.
       ValueError: as `run_clients`.
     """
-    check_round(messages, client_states, data, key, client_ids, batch_size, num_steps, epochs)
+    schedule = check_round(
+        messages, client_states, data, key, client_ids, batch_size, num_steps, epochs
+    )
+    options = {"max_size": data.labels.shape[1], **schedule._asdict()}
+    plan_batches = jax.jit(partial(batch_indices, **options))
     round_key = jax.random.fold_in(key, round_index)
     results = []
     for row, (size, client_id) in enumerate(zip(data.size, client_ids, strict=True)):
-        count = int(size)
         message, state = (take_row(tree, row) for tree in (messages, client_states))
-        inputs, labels = data.inputs[row, :count], data.labels[row, :count]
+        inputs, labels = data.inputs[row, : int(size)], data.labels[row, : int(size)]
         place = "client_init"
         try:
             init_key, batch_key = jax.random.split(jax.random.fold_in(round_key, client_id))
             step_state = algorithm.client_init(message, state, init_key)
-            schedule = make_schedule(count, batch_size, num_steps, epochs)
-            plan = batch_indices(batch_key, count, max_size=count, **schedule._asdict())
+            plan = plan_batches(batch_key, size)
             collected = []
-            for step in range(schedule.num_steps):
+            for step in range(int(plan.valid.sum())):
                 place = f"step {step}"
-                batch = Batch(
-                    inputs[plan.indices[step]], labels[plan.indices[step]], plan.weight[step]
-                )
+                indices = plan.indices[step]
+                batch = Batch(inputs[indices], labels[indices], plan.weight[step])
                 step_state, metrics = algorithm.client_step(step_state, batch)
                 collected.append(metrics)
             place = "client_final"

@@ -90,11 +90,14 @@ def quantile_sketch(
     real = jnp.arange(length) < size
     ordered = jnp.sort(jnp.where(real[:, None], keys, jnp.iinfo(jnp.int32).max), axis=0)
     values = _from_ordered_int(ordered)
-    levels = (jnp.arange(num_quantiles) + 0.5) / num_quantiles
-    position = jnp.clip(levels * size - 0.5, 0.0, jnp.maximum(size - 1, 0))
-    lower = jnp.floor(position).astype(jnp.int32)
-    upper = jnp.minimum(lower + 1, jnp.maximum(size - 1, 0))
-    fraction = (position - lower)[:, None]
+    # Position level * size - 0.5 among the order statistics, in integer steps of 1 / (2 Q).
+    last = jnp.maximum(size - 1, 0)
+    unit = 2 * num_quantiles
+    position = (2 * jnp.arange(num_quantiles, dtype=jnp.int32) + 1) * size - num_quantiles
+    position = jnp.clip(position, 0, unit * last)
+    lower = position // unit
+    upper = jnp.minimum(lower + 1, last)
+    fraction = ((position % unit) / unit).astype(jnp.float32)[:, None]
     return values[lower] + fraction * (values[upper] - values[lower])
 
 

@@ -3,9 +3,9 @@
 Shape letters: L layers, H heads, F neurons, P population. After the heads and neurons of a
 layer are sorted by importance, a sub-network keeps a prefix of each, so integers say all.
 
-All functions but the host-side `uniform`, `grid` and `kept_layers` are traceable; they take
-one genome and `vmap` over populations. The width- and depth-adaptive Transformer is
-DynaBERT's (Hou et al., NeurIPS 2020), which ACME (ICDCS 2025) uses as its backbone.
+All functions but the host-side `uniform`, `grid` and `kept_layers` are traceable, and take
+one genome: `vmap` over populations. The elastic Transformer is DynaBERT's (Hou et al.,
+NeurIPS 2020), which ACME (ICDCS 2025) uses as its backbone.
 """
 
 from __future__ import annotations
@@ -41,13 +41,9 @@ class ArchSpace:
     """The full Transformer and the choices allowed; static and hashable.
 
     Attributes:
-      num_layers: L of the full Transformer.
-      num_heads: H of each block.
-      num_neurons: F of each block's MLP.
-      depth_choices: allowed numbers of blocks, non-decreasing.
-      head_choices: allowed heads of a block, non-decreasing.
-      neuron_choices: allowed neurons of a block, non-decreasing. Entry i belongs to entry i
-        of `head_choices` where one width is used for both (`uniform`, `grid`, tied spaces).
+      num_layers, num_heads, num_neurons: L, H and F of the full Transformer.
+      depth_choices, head_choices, neuron_choices: allowed numbers of blocks, of heads and of
+        neurons in a block, non-decreasing. Entries i of the last two make width i.
       per_layer: every block chooses its heads and neurons; False ties all blocks to one
         width, which is the paper's grid.
 
@@ -142,15 +138,12 @@ def uniform(space: ArchSpace, width: float, depth: float) -> Arch:
     blocks = round_fraction(space.num_layers, depth)
     heads = round_fraction(space.num_heads, width)
     neurons = round_fraction(space.num_neurons, width)
-    for name, value, choices in (
-        ("depth", blocks, space.depth_choices),
-        ("heads", heads, space.head_choices),
-        ("neurons", neurons, space.neuron_choices),
-    ):
+    for name, value in (("depth", blocks), ("head", heads), ("neuron", neurons)):
+        choices = getattr(space, f"{name}_choices")
         if value not in choices:
             raise ValueError(
-                f"width {width} and depth {depth} give {value} {name}, which the space does "
-                f"not offer; expected one of {choices}"
+                f"width {width} and depth {depth} give a {name} choice of {value}, which the "
+                f"space does not offer; expected one of {choices}"
             )
     return _uniform(space, blocks, heads, neurons)
 
@@ -179,9 +172,8 @@ def _uniform(space: ArchSpace, blocks: int, heads: int, neurons: int) -> Arch:
 def kept_layers(num_layers: int, fraction: float) -> tuple[int, ...]:
     """Blocks that DynaBERT's rule keeps: floor(i / fraction) for each of the kept ones.
 
-    The last block goes first. `keep_mask` applies the same rule to an integer depth; the
-    two agree whenever `fraction` is exactly depth / num_layers, not for a rounded one such
-    as 0.67.
+    The last block goes first. `keep_mask` is the same rule for an integer depth; the two
+    agree where `fraction` is depth / num_layers, not for a rounded one such as 0.67.
 
     Raises:
       ValueError: `fraction` outside (0, 1].
@@ -233,16 +225,16 @@ def canonical(space: ArchSpace, arch: Arch) -> Arch:
 
 def sample(key: jax.Array, space: ArchSpace, num: int) -> Arch:
     """`num` random genomes [P], every gene uniform over its distinct choices, canonical."""
-    depth_key, head_key, neuron_key = jax.random.split(key, 3)
-    shape = (num, space.num_layers)
-    depth = jax.random.choice(depth_key, _distinct(space.depth_choices), (num,))
+    # One draw for all genes, because random primitives compile slowly.
+    draws = jax.random.uniform(key, (num, 1 + 2 * space.num_layers))
+    head_draws, neuron_draws = jnp.split(draws[:, 1:], 2, axis=1)
+    depth = _draw(draws[:, 0], space.depth_choices)
     if space.per_layer:
-        heads = jax.random.choice(head_key, _distinct(space.head_choices), shape)
-        neurons = jax.random.choice(neuron_key, _distinct(space.neuron_choices), shape)
+        heads = _draw(head_draws, space.head_choices)
+        neurons = _draw(neuron_draws, space.neuron_choices)
     else:
-        width = jax.random.choice(head_key, _distinct(space.widths), (num,))
-        heads = jnp.broadcast_to(width[:, :1], shape)
-        neurons = jnp.broadcast_to(width[:, 1:], shape)
+        width = _draw(head_draws, space.widths)
+        heads, neurons = width[..., 0], width[..., 1]
     return jax.vmap(lambda arch: canonical(space, arch))(Arch(depth, heads, neurons))
 
 
@@ -251,19 +243,18 @@ def mutate(key: jax.Array, space: ArchSpace, arch: Arch, rate: float | jax.Array
 
     Genes of dropped blocks are reset afterwards, so the network may stay as it was.
     """
-    depth_key, head_key, neuron_key = jax.random.split(key, 3)
-    depths = _distinct(space.depth_choices)
-    depth = _mutate_genes(depth_key, arch.depth[None], depths, rate)[0]
+    draws = jax.random.uniform(key, (2, 1 + 2 * space.num_layers))
+    head_draws, neuron_draws = jnp.split(draws[:, 1:], 2, axis=1)
+    depth = _change(draws[:, :1], arch.depth[None], _distinct(space.depth_choices), rate)[0]
     if space.per_layer:
-        heads = _mutate_genes(head_key, arch.heads, _distinct(space.head_choices), rate)
-        neurons = _mutate_genes(neuron_key, arch.neurons, _distinct(space.neuron_choices), rate)
+        heads = _change(head_draws, arch.heads, _distinct(space.head_choices), rate)
+        neurons = _change(neuron_draws, arch.neurons, _distinct(space.neuron_choices), rate)
         return canonical(space, Arch(depth, heads, neurons))
     pairs = _distinct(space.widths)
     same = (pairs[:, 0] == arch.heads[0]) & (pairs[:, 1] == arch.neurons[0])
     indices = jnp.arange(len(pairs), dtype=jnp.int32)
-    index = _mutate_genes(head_key, jnp.argmax(same)[None], indices, rate)[0]
-    width = pairs[index]
-    return canonical(space, Arch(depth, width[:1], width[1:]))
+    index = _change(head_draws[:, :1], jnp.argmax(same)[None], indices, rate)[0]
+    return canonical(space, Arch(depth, pairs[index, :1], pairs[index, 1:]))
 
 
 def crossover(key: jax.Array, space: ArchSpace, first: Arch, second: Arch) -> Arch:
@@ -280,18 +271,29 @@ def crossover(key: jax.Array, space: ArchSpace, first: Arch, second: Arch) -> Ar
     return canonical(space, child)
 
 
-def _mutate_genes(
-    key: jax.Array, genes: jax.Array, choices: jax.Array, rate: float | jax.Array
+def _change(
+    draws: jax.Array, genes: jax.Array, choices: jax.Array, rate: float | jax.Array
 ) -> jax.Array:
-    """Genes [G] of which each becomes, with probability `rate`, a different choice."""
+    """Genes [G] of which each becomes, with probability `rate`, a different choice.
+
+    `draws` [2, G] are uniform in [0, 1): whether to change, and to which.
+    """
     num = len(choices)
     if num == 1:
         return genes
-    change_key, step_key = jax.random.split(key)
     index = jnp.searchsorted(choices, genes, method="compare_all")
-    step = jax.random.randint(step_key, genes.shape, 1, num)
-    change = jax.random.bernoulli(change_key, rate, genes.shape)
-    return jnp.where(change, choices[(index + step) % num], genes)
+    changed = choices[(index + 1 + _below(draws[1], num - 1)) % num]
+    return jnp.where(draws[0] < rate, changed, genes)
+
+
+def _draw(draws: jax.Array, choices: Sequence[int] | Sequence[tuple[int, int]]) -> jax.Array:
+    """The choices that uniform draws in [0, 1) stand for."""
+    return (distinct := _distinct(choices))[_below(draws, len(distinct))]
+
+
+def _below(draws: jax.Array, num: int) -> jax.Array:
+    """Uniform draws in [0, 1) to uniform integers below `num`, int32."""
+    return jnp.minimum(jnp.floor(draws * num).astype(jnp.int32), num - 1)
 
 
 def _distinct(choices: Sequence[int] | Sequence[tuple[int, int]]) -> jax.Array:

@@ -28,7 +28,7 @@ def empty(population: genomes.Genome, capacity: int, num_objectives: int) -> Arc
         genomes=jax.tree.map(
             lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype), population
         ),
-        objectives=jnp.full((capacity, num_objectives), jnp.nan),
+        objectives=jnp.full((capacity, num_objectives), jnp.nan, jnp.zeros(()).dtype),
         valid=jnp.zeros((capacity,), bool),
     )
 

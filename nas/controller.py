@@ -11,6 +11,8 @@ the first few hundred advantages all positive.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,10 +83,13 @@ def init_params(key: jax.Array, *, hidden_size: int = 100) -> Params:
         "attention_vector": (hidden_size,),
         "op_kernel": (hidden_size, len(OPS)),
     }
-    keys = jax.random.split(key, len(shapes))
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    # one draw for all, because each shape's generator would be compiled anew
+    flat = jax.random.uniform(key, (sum(sizes),), minval=-0.1, maxval=0.1)
+    pieces = jnp.split(flat, list(itertools.accumulate(sizes))[:-1])
     params = {
-        name: jax.random.uniform(part, shape, minval=-0.1, maxval=0.1)
-        for part, (name, shape) in zip(keys, shapes.items(), strict=True)
+        name: piece.reshape(shape)
+        for piece, (name, shape) in zip(pieces, shapes.items(), strict=True)
     }
     return {**params, "op_bias": jnp.asarray(OP_BIAS)}
 
@@ -95,8 +100,9 @@ def sample(key: jax.Array, params: Params, space: CellSpace) -> tuple[Cell, jax.
     Returns:
       The cell, its log-probability [] and the entropy [] (nats) summed over its draws.
     """
-    keys = jax.random.split(key, (space.num_blocks, 4))
-    return _write(params, space, keys, jax.random.categorical)
+    # Gumbel-max with all noise drawn at once: one generator in the compiled program, not four
+    noise = jax.random.gumbel(key, (space.num_blocks, 4, max(space.num_nodes, len(OPS))))
+    return _write(params, space, noise, lambda source, logits: (source + logits).argmax())
 
 
 def log_prob(params: Params, cell: Cell) -> jax.Array:
@@ -164,41 +170,48 @@ def _write(
     sources: jax.Array,
     pick: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[Cell, jax.Array, jax.Array]:
-    """Writes a cell; `pick(source, logits)` makes each draw from `sources` [B, 4]."""
-    hidden_size = params["lstm_hidden"].shape[0]
+    """Writes a cell; `pick(source, logits)` makes each draw from `sources` [B, 4, ...].
+
+    One scan over all LSTM steps, each of one of three kinds, so that the program stays small:
+    a step that ends a node (kind 0, storing its key), a draw of an input (1) or of an
+    operation (2).
+    """
+    hidden_size, num_blocks = params["lstm_hidden"].shape[0], space.num_blocks
+    width = max(space.num_nodes, len(OPS))  # both kinds of logits are padded to it
     start = params["embedding"][0]
-    blank = jnp.zeros(hidden_size)
-    table = jnp.zeros((space.num_nodes, hidden_size))
-    memory = _Memory(blank, blank, table, table)
-    for node in range(2):  # the two inputs get keys but keep zero anchors
-        memory = _lstm(params, memory, start)
-        memory = memory._replace(keys=memory.keys.at[node].set(_key(params, memory)))
+    kinds = jnp.asarray([0, 0] + [1, 1, 2, 2, 0] * num_blocks)
+    nodes = jnp.asarray([0, 1] + [b + 2 for b in range(num_blocks) for _ in range(5)])
+    padded = jnp.concatenate([sources, sources[:, :1]], axis=1)  # the node step ignores its own
+    flat = padded.reshape(5 * num_blocks, *sources.shape[2:])
+    steps = (kinds, nodes, jnp.concatenate([flat[:1], flat[:1], flat]))
 
-    def block(memory: _Memory, step: tuple[jax.Array, jax.Array]) -> tuple[_Memory, Any]:
-        index, source = step
-        token, choices = start, []
-        total, entropy = jnp.zeros(()), jnp.zeros(())
-        for draw in range(4):
-            memory = _lstm(params, memory, token)
-            logits = (
-                _input_logits(params, memory, index + 2) if draw < 2 else _op_logits(params, memory)
-            )
-            choice = pick(source[draw], logits)
-            log_probs = jax.nn.log_softmax(logits)
-            total += log_probs[choice]
-            entropy -= (jnp.exp(log_probs) * log_probs).sum()
-            token = memory.anchors[choice] if draw < 2 else params["embedding"][choice + 1]
-            choices.append(choice.astype(jnp.int32))
+    def step(carry: tuple[_Memory, jax.Array], xs: Any) -> tuple[Any, Any]:
+        (memory, token), (kind, node, source) = carry, xs
         memory = _lstm(params, memory, token)
-        memory = memory._replace(
-            anchors=memory.anchors.at[index + 2].set(memory.hidden),
-            keys=memory.keys.at[index + 2].set(_key(params, memory)),
-        )
-        return memory, (jnp.stack(choices), total, entropy)
+        by_input = _widen(_input_logits(params, memory, node), width)
+        logits = jnp.where(kind == 1, by_input, _widen(_op_logits(params, memory), width))
+        choice = pick(source, logits)
+        log_probs = jax.nn.log_softmax(logits)
+        drawn = jnp.where(kind > 0, 1.0, 0.0)
 
-    steps = (jnp.arange(space.num_blocks), sources)
-    _, (choices, totals, entropies) = lax.scan(block, memory, steps)
-    return Cell(choices[:, :2], choices[:, 2:]), totals.sum(), entropies.sum()
+        ends = jnp.where(kind == 0, 1.0, 0.0)
+        here = ends * jax.nn.one_hot(node, space.num_nodes)
+        anchor = memory.hidden * (node >= 2)  # the cell's inputs keep zero anchors (ENAS)
+        memory = memory._replace(
+            anchors=memory.anchors + here[:, None] * anchor[None],
+            keys=memory.keys + here[:, None] * (memory.hidden @ params["attention_key"])[None],
+        )
+        after_input = memory.anchors[jnp.minimum(choice, space.num_nodes - 1)]
+        after_op = params["embedding"][jnp.minimum(choice, len(OPS) - 1) + 1]
+        token = jnp.where(kind == 1, after_input, jnp.where(kind == 2, after_op, start))
+        entropy = -(jnp.exp(log_probs) * log_probs).sum()
+        return (memory, token), (choice, drawn * log_probs[choice], drawn * entropy)
+
+    blank, table = jnp.zeros(hidden_size), jnp.zeros((space.num_nodes, hidden_size))
+    memory = _Memory(blank, blank, table, table)
+    _, (choices, totals, entropies) = lax.scan(step, (memory, start), steps)
+    genes = choices[2:].reshape(num_blocks, 5).astype(jnp.int32)
+    return Cell(genes[:, :2], genes[:, 2:4]), totals.sum(), entropies.sum()
 
 
 def _lstm(params: Params, memory: _Memory, token: jax.Array) -> _Memory:
@@ -208,10 +221,6 @@ def _lstm(params: Params, memory: _Memory, token: jax.Array) -> _Memory:
     enter, forget, leave, value = jnp.split(gates, 4)
     cell = jax.nn.sigmoid(forget) * memory.cell + jax.nn.sigmoid(enter) * jnp.tanh(value)
     return memory._replace(hidden=jax.nn.sigmoid(leave) * jnp.tanh(cell), cell=cell)
-
-
-def _key(params: Params, memory: _Memory) -> jax.Array:
-    return memory.hidden @ params["attention_key"]
 
 
 def _input_logits(params: Params, memory: _Memory, num_nodes: jax.Array) -> jax.Array:
@@ -226,3 +235,7 @@ def _op_logits(params: Params, memory: _Memory) -> jax.Array:
     """Logits [6] of the operations."""
     scores = memory.hidden @ params["op_kernel"] + params["op_bias"]
     return OP_TANH * jnp.tanh(scores / TEMPERATURE) + jnp.asarray(OP_OFFSET)
+
+
+def _widen(logits: jax.Array, width: int) -> jax.Array:
+    return jnp.pad(logits, (0, width - logits.shape[0]), constant_values=_ABSENT)

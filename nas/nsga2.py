@@ -116,13 +116,14 @@ def nsga2(
         if initial is not None:
             sampled = jax.tree.map(lambda leaf: leaf[num_initial:], population)
             population = genomes.concatenate(initial, sampled)
-        unset = jnp.full((num_objectives,), jnp.nan)
+        dtype = jnp.zeros(()).dtype  # explicit, or the state would change its weak type
+        unset = jnp.full((num_objectives,), jnp.nan, dtype)
         return SearchState(
             population=population,
-            objectives=jnp.full((population_size, num_objectives), jnp.nan),
-            violation=jnp.full((population_size,), jnp.nan),
+            objectives=jnp.full((population_size, num_objectives), jnp.nan, dtype),
+            violation=jnp.full((population_size,), jnp.nan, dtype),
             generation=jnp.zeros((), jnp.int32),
-            reference=unset if reference is None else jnp.asarray(reference, unset.dtype),
+            reference=unset if reference is None else jnp.asarray(reference, dtype),
             archive=archives.empty(population, archive_capacity, num_objectives),
         )
 
@@ -141,12 +142,15 @@ def nsga2(
         crossed = jax.vmap(operators.crossover)(keys, first, second)
         paired = jax.random.bernoulli(pair_key, crossover_rate, (population_size,))
         children = genomes.where(paired, crossed, first)
-        first_key, *retry_keys = jax.random.split(mutate_key, 1 + num_retries)
-        children = vary(first_key, children)
-        for retry_key in retry_keys:
+
+        def attempt(number: jax.Array, children: genomes.Genome) -> genomes.Genome:
+            """Mutates every child at first, then those that repeat a known genome."""
             known = genomes.concatenate(state.population, children)
-            repeated = genomes.duplicates(known)[population_size:]
-            children = genomes.where(repeated, vary(retry_key, children), children)
+            again = genomes.duplicates(known)[population_size:] | (number == 0)
+            varied = vary(jax.random.fold_in(mutate_key, number), children)
+            return genomes.where(again, varied, children)
+
+        children = jax.lax.fori_loop(0, 1 + num_retries, attempt, children)
         return genomes.where(state.generation == 0, state.population, children)
 
     def tell(

@@ -199,7 +199,7 @@ def test_wrong_headers_with_a_right_checksum_are_message_errors(kind, header):
         (messages.FeatureSketch(np.full((2, 2), np.inf, np.float16)), "NaN or infinite"),
         (messages.HeaderMessage((), {"a": "text"}), "cannot send str"),
         (messages.HeaderMessage((), {1: np.ones(2)}), "keys must be strings"),
-        (messages.DeviceProfileMessage(0, 1.5, 2, PROFILE), "budget_bytes must be an int"),
+        (messages.DeviceProfileMessage(0, 1.5, 2, PROFILE), "budget_bytes must be int"),
         (messages.DeviceProfileMessage(0, 1, 2, (1.0,) * 6), "profile must be DeviceProfile"),
         ({"importance": np.ones(3)}, "dict is no message"),
     ],

@@ -136,7 +136,7 @@ def test_compare_against_plain_arithmetic():
     [
         (0, "B", "0 B"), (90, "B", "90 B"), (123_456, "B", "123 kB"), (999_600, "B", "1 MB"),
         (1_205_288, "B", "1.21 MB"), (0.00412, "s", "4.12 ms"), (6.9e-6, "J", "6.9 µJ"),
-        (None, "B", "–"), (0.5, "B", "0.5 B"), (1e15, "FLOP", "1e+03 TFLOP"),  # noqa: RUF001
+        (None, "B", "–"), (0.5, "B", "0.5 B"), (1e15, "FLOP", "1000 TFLOP"),  # noqa: RUF001
     ],
 )  # fmt: skip
 def test_quantity(value, unit, text):

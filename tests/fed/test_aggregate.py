@@ -20,7 +20,9 @@ def wide(tree):
 
 
 def assert_trees_close(result, expected, rtol=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7), result, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7), result, expected
+    )
 
 
 def test_weighted_mean():

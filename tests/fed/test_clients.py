@@ -6,7 +6,6 @@ import pytest
 
 from fed import clients
 
-
 batch_indices = jax.jit(
     clients.batch_indices, static_argnames=("max_size", "num_steps", "batch_size", "epochs")
 )

@@ -70,9 +70,7 @@ def test_label_groups_pass_on_what_a_limit_leaves():
 
 
 def test_dirichlet_repairs_to_the_minimum_and_caps():
-    parts = partition.dirichlet(
-        LABELS, 40, 0.01, min_samples=10, samples_per_client=25, seed=0
-    )
+    parts = partition.dirichlet(LABELS, 40, 0.01, min_samples=10, samples_per_client=25, seed=0)
     sizes = [len(part) for part in parts]
     assert min(sizes) >= 10 and max(sizes) <= 25
 

@@ -80,9 +80,7 @@ def test_compare():
 def test_errors():
     ledger = Ledger()
     with pytest.raises(TypeError, match="'m' from 3 to edge: the payload must be bytes"):
-        ledger.record(
-            "m", [1, 2], tier="t", direction="up", round=0, sender=3, receiver="edge"
-        )
+        ledger.record("m", [1, 2], tier="t", direction="up", round=0, sender=3, receiver="edge")
     with pytest.raises(ValueError, match="'up' or 'down'"):
         ledger.record("m", b"", tier="t", direction="sideways", round=0)
     with pytest.raises(ValueError, match="must not be negative"):

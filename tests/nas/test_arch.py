@@ -82,7 +82,7 @@ def test_uniform_and_grid_agree():
 def test_uniform_refuses_what_is_no_choice():
     with pytest.raises(ValueError, match="depth"):
         arch.uniform(SPACE, 0.5, 0.17)
-    with pytest.raises(ValueError, match="neurons"):
+    with pytest.raises(ValueError, match="neuron"):
         arch.uniform(SPACE, 0.3, 0.5)
 
 

@@ -1,0 +1,170 @@
+"""What every phase of a run reads: configuration, sizes, data, devices, layout.
+
+Everything here is made again, identically, when a run resumes; nothing is checkpointed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from acme_jax import cloud, datasets, layout, training
+from acme_jax.config import Config, ConfigError
+from acme_jax.fleet import Device, make_fleet
+from acme_jax.header_layout import HeaderDims, max_num_params
+from acme_jax.session import Session
+from acme_jax.splits import Splits, make_splits
+from acme_jax.vit import ViTConfig
+from nas import cost
+from nas.arch import ArchSpace, full
+from nas.cost import ModelDims
+
+BYTES_PER_PARAM = 4
+
+
+class Stream(enum.IntEnum):
+    """Independent random streams of a run, folded into the seed's key."""
+
+    INIT = 0
+    REFERENCE = 1
+    WIDTH = 2
+    DEPTH = 3
+    SEARCH = 4
+    HEADER = 5
+    LINEAR = 6
+    REFINE = 7
+    SKETCH = 8
+
+
+class Public(NamedTuple):
+    """The cloud's splits as device arrays. The test split stays in `Splits`."""
+
+    train_images: Array  # [N, height, width, channels]
+    train_labels: Array  # [N]
+    select_images: Array
+    select_labels: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """The fixed surroundings of a run."""
+
+    config: Config
+    session: Session
+    mesh: Mesh
+    vit: ViTConfig
+    space: ArchSpace
+    backbone_dims: ModelDims
+    """Sizes of what devices receive: the network without its classifier."""
+    header_dims: HeaderDims
+    splits: Splits
+    public: Public
+    devices: list[Device]
+
+    @property
+    def key(self) -> Array:
+        """The run's root key."""
+        return jax.random.key(self.config.seed)
+
+    def stream(self, stream: Stream, index: int = 0) -> Array:
+        """Key of one random stream; `index` tells edges apart."""
+        return jax.random.fold_in(jax.random.fold_in(self.key, int(stream)), index)
+
+    @property
+    def full_bytes(self) -> int:
+        """Size of the full backbone and the largest header: budgets are fractions of it."""
+        return _full_bytes(self.backbone_dims, self.space, self.header_dims)
+
+    @property
+    def header_reserve_bytes(self) -> int:
+        """What the largest header can take; a backbone must leave this much of a budget."""
+        return BYTES_PER_PARAM * max_num_params(self.header_dims)
+
+
+def make_context(config: Config, session: Session) -> Context:
+    """Loads the data, divides it and checks everything that can be checked before training.
+
+    Raises:
+      DataError: unusable data, or a device without enough of it.
+      ConfigError: an impossible combination, such as a budget that no sub-network fits.
+    """
+    dataset = datasets.load(config.data)
+    datasets.check_patch(dataset.image_shape, config.model.patch_size)
+    vit = ViTConfig(
+        image_shape=dataset.image_shape,
+        patch_size=config.model.patch_size,
+        embed_dim=config.model.embed_dim,
+        num_layers=config.model.num_layers,
+        num_heads=config.model.num_heads,
+        num_neurons=config.model.num_neurons,
+        num_classes=dataset.num_classes,
+    )
+    space = ArchSpace.from_fractions(
+        vit.num_layers, vit.num_heads, vit.num_neurons, per_layer=config.search.per_layer
+    )
+    rows, columns = vit.grid
+    header_dims = HeaderDims(
+        grid_height=rows,
+        grid_width=columns,
+        embed_dim=vit.embed_dim,
+        channels=config.header.channels,
+        num_classes=vit.num_classes,
+        blocks=config.header.blocks,
+        num_layers=config.header.repeats + 2,
+    )
+    backbone_dims = dataclasses.replace(vit.dims, num_classes=0)
+    splits = make_splits(dataset, config.data, config.seed)
+    for phase in (config.reference, config.width, config.depth):
+        training.steps_per_epoch(len(splits.train), phase)
+    proxy = int(len(splits.train) * config.header.proxy_fraction)
+    if proxy < config.header.batch_size:
+        raise ConfigError(
+            f"header.proxy_fraction leaves {proxy} images at the edge, fewer than one batch of "
+            f"{config.header.batch_size}; raise it or lower header.batch_size"
+        )
+    full_bytes = _full_bytes(backbone_dims, space, header_dims)
+    devices = make_fleet(splits.device_pool, config, dataset.num_classes, full_bytes)
+    context = Context(
+        config=config,
+        session=session,
+        mesh=layout.make_mesh(config.compute.num_devices),
+        vit=vit,
+        space=space,
+        backbone_dims=backbone_dims,
+        header_dims=header_dims,
+        splits=splits,
+        public=Public(
+            jnp.asarray(splits.train.images),
+            jnp.asarray(splits.train.labels),
+            jnp.asarray(splits.select.images),
+            jnp.asarray(splits.select.labels),
+        ),
+        devices=devices,
+    )
+    cloud.check_limits(
+        backbone_dims,
+        space,
+        [
+            min(d.budget_bytes for d in devices if d.edge == edge) - context.header_reserve_bytes
+            for edge in range(config.fleet.num_edges)
+        ],
+    )
+    return context
+
+
+def proxy_indices(context: Context) -> np.ndarray:
+    """Rows of the public training split that every edge holds as its shared data."""
+    count = int(len(context.splits.train) * context.config.header.proxy_fraction)
+    return np.arange(count)
+
+
+def _full_bytes(dims: ModelDims, space: ArchSpace, header_dims: HeaderDims) -> int:
+    backbone = int(cost.size_bytes(dims, full(space)))
+    return backbone + BYTES_PER_PARAM * max_num_params(header_dims)

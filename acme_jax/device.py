@@ -1,0 +1,241 @@
+"""The device tier, and what the edge computes for it: refinement by importance sets.
+
+A round (ACME section on header refinement): every device trains its own header on its own
+samples and sends up one number per gate; the edge answers with a mean personalised by data
+similarity; the device smooths it and prunes exactly N further gates. Weights never leave a
+device. Written as a `FedAlgorithm`, so `fed.simulate` runs all devices in one program.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from acme_jax import header
+from acme_jax.config import RefineConfig
+from acme_jax.header_layout import HeaderDims
+from acme_jax.vit import Params
+from fed import similarity
+from fed.aggregate import personalized_mean
+from fed.algorithm import FedAlgorithm
+from fed.clients import Batch, ClientData
+from nas.cells import StaticCell
+from nas.importance import gate_importance, prune_lowest
+
+
+class DeviceState(NamedTuple):
+    """What a device keeps between rounds. Fields add a leading [C] in a cohort."""
+
+    params: Params  # of the header
+    momentum: optax.OptState
+    mask: Array  # [G] float32, 0 where a gate is pruned
+    smoothed: Array  # [G] the smoothed personalised importance
+    rounds: Array  # [] int32, personalised sets received so far
+    prune_per_round: Array  # [] int32, N; 0 is the baseline without pruning
+
+
+class LocalState(NamedTuple):
+    """A device in the middle of its local training."""
+
+    device: DeviceState
+    importance: Array  # [G] sum over steps
+    steps: Array  # [] float32
+
+
+class EdgeState(NamedTuple):
+    """What the edge holds; rows are devices."""
+
+    weights: Array  # [C, C] row-stochastic, how much each device listens to each other one
+    personalized: Array  # [C, G] the sets that go down next
+    rounds: Array  # [] int32, rounds done
+
+
+class Downlink(NamedTuple):
+    """What an edge sends to one device at the start of a round."""
+
+    personalized: Array  # [G]
+    rounds: Array  # [] int32; 0: nothing to apply yet
+
+
+def init_device(
+    params: Params, num_gates: int, prune_per_round: int, config: RefineConfig
+) -> DeviceState:
+    """State of a device that has just received its header."""
+    return DeviceState(
+        params=params,
+        momentum=optimizer(config).init(params),
+        mask=jnp.ones(num_gates),
+        smoothed=jnp.zeros(num_gates),
+        rounds=jnp.int32(0),
+        prune_per_round=jnp.int32(prune_per_round),
+    )
+
+
+def receive(state: DeviceState, personalized: Array, config: RefineConfig) -> DeviceState:
+    """Smooths the personalised importance [G] and prunes exactly N further gates.
+
+    The first set is taken as it is, later ones by `smoothing * old + (1 - smoothing) * new`.
+    Gates pruned earlier are masked before smoothing. Ties go by gate index (the original
+    prunes every gate at the threshold).
+    """
+    first = state.rounds == 0
+    blended = config.smoothing * state.smoothed + (1.0 - config.smoothing) * personalized
+    smoothed = jnp.where(first, personalized, blended) * state.mask
+    return state._replace(
+        mask=prune_lowest(smoothed, state.mask, state.prune_per_round),
+        smoothed=smoothed,
+        rounds=state.rounds + 1,
+    )
+
+
+def refinement(cell: StaticCell, dims: HeaderDims, config: RefineConfig) -> FedAlgorithm:
+    """ACME's refinement as a federated algorithm.
+
+    The update that travels up is the importance set I_k [G]: the plain mean over the steps
+    of the squared first-order Taylor term of each gate. (The original averages running sums,
+    which weighs early batches more.) `server_init` takes the mixing weights [C, C]: the
+    identity gives the baseline `alone`, n_j / n rows the baseline `avg`.
+
+    Args:
+      cell: of the edge's header, static.
+      dims: of the header.
+      config: learning rate, momentum, weight decay, smoothing.
+    """
+    sgd = optimizer(config)
+
+    def loss_fn(params: Params, gates: Array, mask: Array, batch: Batch) -> tuple[Array, Array]:
+        logits = header.apply(params, cell, dims, batch.inputs, gates=gates, mask=mask)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        total = jnp.maximum(batch.weight.sum(), 1.0)
+        correct = (jnp.argmax(logits, axis=-1) == batch.labels) * batch.weight
+        return jnp.sum(losses * batch.weight) / total, jnp.sum(correct) / total
+
+    def server_init(weights: Array) -> EdgeState:
+        num_gates = header.num_gates(dims, cell)
+        return EdgeState(weights, jnp.zeros((weights.shape[0], num_gates)), jnp.int32(0))
+
+    def server_message(state: EdgeState, row: Array) -> Downlink:
+        return Downlink(state.personalized[row], state.rounds)
+
+    def client_init(message: Downlink, device: DeviceState, key: Array) -> LocalState:
+        del key  # local training has no randomness beyond the order of the samples
+        pruned = receive(device, message.personalized, config)
+        device = jax.tree.map(
+            lambda new, old: jnp.where(message.rounds > 0, new, old), pruned, device
+        )
+        return LocalState(device, jnp.zeros_like(device.mask), jnp.float32(0.0))
+
+    def client_step(state: LocalState, batch: Batch) -> tuple[LocalState, dict[str, Array]]:
+        device = state.device
+        value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (loss, accuracy), (grads, gate_grad) = value_and_grad(
+            device.params, jnp.ones_like(device.mask), device.mask, batch
+        )
+        updates, momentum = sgd.update(grads, device.momentum, device.params)
+        device = device._replace(
+            params=optax.apply_updates(device.params, updates), momentum=momentum
+        )
+        importance = state.importance + gate_importance(device.mask, gate_grad)
+        return LocalState(device, importance, state.steps + 1.0), {
+            "loss": loss,
+            "accuracy": accuracy,
+        }
+
+    def client_final(message: Downlink, state: LocalState) -> tuple[DeviceState, Array]:
+        del message
+        return state.device, state.importance / jnp.maximum(state.steps, 1.0)
+
+    def server_update(
+        state: EdgeState, updates: Array, sizes: Array
+    ) -> tuple[EdgeState, dict[str, Array]]:
+        del sizes  # already in the mixing weights where a method uses them
+        mixed = personalized_mean(state.weights, updates)
+        return EdgeState(state.weights, mixed, state.rounds + 1), {}
+
+    return FedAlgorithm(
+        server_init, server_message, client_init, client_step, client_final, server_update
+    )
+
+
+def mixing_weights(
+    sketches: Array, sizes: Array, config: RefineConfig, key: Array
+) -> dict[str, Array]:
+    """How each method mixes importance sets: row-stochastic [C, C] matrices by name.
+
+    Args:
+      sketches: quantiles [C, Q, D] as the edge received them.
+      sizes: [C] training samples.
+      config: similarity, temperature.
+      key: for the projections of `sliced`.
+
+    Returns:
+      `alone` (identity), `avg` (n_j / n), `js`, `wasserstein`, and the `distance` and
+      `similarity` behind the last.
+    """
+    count = sketches.shape[0]
+    sketches = sketches.astype(jnp.float32)
+    distance = similarity.pairwise_wasserstein(sketches, method=config.similarity, key=key)
+    js_distance = similarity.pairwise_js(sketches)
+    sizes = sizes.astype(jnp.float32)
+    return {
+        "alone": jnp.eye(count),
+        "avg": jnp.broadcast_to((sizes / sizes.sum())[None], (count, count)),
+        "js": similarity.weights(js_distance, temperature=config.temperature),
+        "wasserstein": similarity.weights(distance, temperature=config.temperature),
+        "distance": distance,
+        "similarity": similarity.similarity(distance),
+    }
+
+
+def block_diagonal(matrices: list[Array]) -> Array:
+    """[C, C] matrices of M methods -> [M * C, M * C], so that all methods are one cohort."""
+    return jax.scipy.linalg.block_diag(*matrices)
+
+
+def evaluate(
+    states: DeviceState, data: ClientData, cell: StaticCell, dims: HeaderDims
+) -> Array:
+    """Accuracy [C] of every device's pruned header on its own samples."""
+
+    def one(args: tuple[Params, Array, Array, Array, Array]) -> Array:
+        params, mask, inputs, labels, size = args
+        logits = header.apply(params, cell, dims, inputs, mask=mask)
+        return _accuracy(logits, labels, size)
+
+    return lax.map(one, (states.params, states.mask, data.inputs, data.labels, data.size))
+
+
+def linear_loss(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+    """Loss of the linear header for `fed.algorithms.local`."""
+    del key
+    logits = header.apply_linear(params, batch.inputs)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    loss = jnp.sum(losses * batch.weight) / jnp.maximum(batch.weight.sum(), 1.0)
+    return loss, {"loss": loss}
+
+
+def evaluate_linear(params: Params, data: ClientData) -> Array:
+    """Accuracy [C] of every device's linear header on its own samples."""
+
+    def one(args: tuple[Params, Array, Array, Array]) -> Array:
+        params, inputs, labels, size = args
+        return _accuracy(header.apply_linear(params, inputs), labels, size)
+
+    return lax.map(one, (params, data.inputs, data.labels, data.size))
+
+
+def optimizer(config: RefineConfig) -> optax.GradientTransformation:
+    """SGD with momentum and L2 weight decay, the devices' optimiser."""
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(config.learning_rate, momentum=config.momentum),
+    )
+
+
+def _accuracy(logits: Array, labels: Array, size: Array) -> Array:
+    valid = jnp.arange(labels.shape[0]) < size
+    return jnp.sum((jnp.argmax(logits, axis=-1) == labels) & valid) / size

@@ -1,0 +1,368 @@
+"""The end of a run: final evaluation on the test splits, exported models, results, report.
+
+The only module that reads test data, once, after every choice has been made.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from acme_jax import benchmark, cloud, device_model, header, messages, report, supernet, tables
+from acme_jax import device as device_tier
+from acme_jax.context import BYTES_PER_PARAM, Context
+from acme_jax.device import DeviceState
+from acme_jax.device_model import DeviceModel
+from acme_jax.fleet import Device, edge_devices
+from acme_jax.header_layout import gate_layout, num_flops, num_params
+from acme_jax.post import Post
+from acme_jax.progress import peak_memory_bytes
+from acme_jax.refine import METHODS
+from acme_jax.run_dir import write_json
+from acme_jax.slicing import kept_blocks
+from fed.clients import ClientData, stack_clients
+from nas import cost
+from nas.arch import Arch, full, grid
+
+if TYPE_CHECKING:
+    from acme_jax.system import Cloud, Edge
+
+LOADING = """from acme_jax import device_model
+
+model = device_model.load("{path}")
+classes = model.predict(images)  # images [B, {shape}] in [0, 1]"""
+
+
+def finish(context: Context, post: Post, made: Cloud, edges: list[Edge]) -> dict[str, Any]:
+    """Evaluates, exports every device's model, writes results, report and pictures.
+
+    Returns:
+      The results, as in `results.json`.
+    """
+    session, run = context.session, context.session.run
+    with session.phase("final evaluation"):
+        results = evaluate(context, post, made, edges)
+        for device in results["devices"]:
+            run.append_metrics(
+                "final evaluation", device=device["device"], edge=device["edge"],
+                **device["accuracy"],
+            )  # fmt: skip
+    with session.phase("models of the devices"):
+        export(context, made, edges, results)
+    with session.phase("matmul peak"):
+        peak = benchmark.matmul_peak(context.mesh)
+    timing = measure_timing(context, peak)
+    with session.phase("report"):
+        loading = LOADING.format(
+            path=run.path / results["devices"][0]["model"],
+            shape=", ".join(str(n) for n in context.vit.image_shape),
+        )
+        report.write_report(results, timing, run.path, context.config.to_dict(), loading)
+    timing = measure_timing(context, peak)
+    write_json(run.path / "timing.json", timing)
+    write_json(run.path / "results.json", results)
+    tables.print_results(results, timing, session.reporter.console)
+    session.say(f"report: {run.path / 'report.html'}")
+    return results
+
+
+def evaluate(context: Context, post: Post, made: Cloud, edges: list[Edge]) -> dict[str, Any]:
+    """The results dictionary: every number of the run that is not a time."""
+    run = context.session.run
+    versions = json.loads((run.path / "versions.json").read_text())
+    edge_rows, device_rows, similarity_rows = [], [], []
+    for edge, outcome in enumerate(edges):
+        edge_rows.append(_edge_row(context, made, edge, outcome))
+        device_rows += _device_rows(context, edge, outcome, made.choices[edge].arch)
+        similarity_rows.append(_similarity_row(context, edge, outcome))
+    return {
+        "preset": context.config.preset,
+        "seed": context.config.seed,
+        "fingerprint": context.config.fingerprint(),
+        "commit": versions.pop("commit"),
+        "hardware": versions.pop("hardware"),
+        "versions": versions,
+        "reference": _reference(context, made),
+        "full": {
+            "size_bytes": context.full_bytes,
+            "num_params": int(cost.num_params(context.vit.dims, full(context.space))),
+            "num_flops": int(cost.num_flops(context.vit.dims, full(context.space))),
+        },
+        "grid": _grid(context, made),
+        "search": _search(context, made),
+        "edges": edge_rows,
+        "devices": device_rows,
+        "similarity": similarity_rows,
+        "summary": _summary(device_rows),
+        "traffic": _traffic(context, post, device_rows),
+    }
+
+
+def export(context: Context, made: Cloud, edges: list[Edge], results: dict[str, Any]) -> None:
+    """Writes every device's final model under devices/."""
+    rows = {row["device"]: row for row in results["devices"]}
+    for edge, outcome in enumerate(edges):
+        states = _method_states(outcome, "wasserstein")
+        for place, device in enumerate(edge_devices(context.devices, edge)):
+            params, mask = jax.tree.map(
+                lambda leaf, place=place: leaf[place], (states.params, states.mask)
+            )
+            model = DeviceModel(
+                vit=context.vit,
+                header_dims=context.header_dims,
+                cell=outcome.header.cell,
+                backbone=outcome.backbone,
+                header=params,
+                mask=mask,
+            )
+            row = rows[device.id]
+            facts = {k: row[k] for k in ("device", "edge", "labels", "size_bytes", "num_flops")}
+            facts["test_accuracy"] = row["accuracy"]["wasserstein"]
+            facts["arch"] = [np.asarray(leaf).tolist() for leaf in made.choices[edge].arch]
+            device_model.save(model, context.session.run.path / row["model"], facts)
+
+
+def measure_timing(context: Context, peak_flops_per_s: float) -> dict[str, Any]:
+    """Seconds by phase of this start of the run, memory, and the FLOP rate of training."""
+    records = context.session.reporter.timer.records
+    rates = benchmark.training_rates(context, records)
+    achieved = rates.get("depth distillation")
+    return {
+        "phases": [record._asdict() for record in records],
+        "total_seconds": sum(record.seconds for record in records),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "matmul_peak_flops_per_s": peak_flops_per_s,
+        "supernet_flops_per_s": achieved,
+        "supernet_fraction": None if achieved is None else achieved / peak_flops_per_s,
+    }
+
+
+def _reference(context: Context, made: Cloud) -> dict[str, float]:
+    def accuracy(split: Any) -> float:
+        logits = _reference_logits(made.reference, jnp.asarray(split.images), context.vit)
+        return float(np.mean(np.argmax(np.asarray(logits), axis=-1) == split.labels))
+
+    return {
+        "test_accuracy": accuracy(context.splits.test),
+        "select_accuracy": accuracy(context.splits.select),
+    }
+
+
+_reference_logits = jax.jit(
+    lambda params, images, vit: supernet.apply(params, images, vit).logits, static_argnums=2
+)
+
+
+def _grid(context: Context, made: Cloud) -> list[dict[str, Any]]:
+    archs = grid(context.space)
+    accuracy = jax.jit(
+        lambda params, images, labels: cloud.accuracy(
+            params, images, labels, context.vit, context.space, archs, context.mesh
+        )
+    )
+
+    def measured(split: Any) -> np.ndarray:
+        return np.asarray(accuracy(made.supernet, split.images, split.labels))
+
+    select, test = measured(context.splits.select), measured(context.splits.test)
+    sizes = jax.vmap(lambda arch: cost.size_bytes(context.backbone_dims, arch))(archs)
+    return [
+        {
+            "width": float(archs.heads[i, 0]) / context.vit.num_heads,
+            "depth": float(archs.depth[i]) / context.vit.num_layers,
+            "size_bytes": int(sizes[i]),
+            "select_accuracy": float(select[i]),
+            "test_accuracy": float(test[i]),
+        }
+        for i in range(archs.depth.shape[0])
+    ]
+
+
+def _search(context: Context, made: Cloud) -> dict[str, Any]:
+    archive, config = made.search.state.archive, context.config.search
+    valid = np.asarray(archive.valid)
+    objectives = np.asarray(archive.objectives, np.float64)[valid]
+    row = np.cumsum(valid) - 1  # place among the valid rows
+    return {
+        "objective_names": list(cloud.OBJECTIVES),
+        "archive": objectives.tolist(),
+        "hypervolume": [float(v) for v in made.search.hypervolume],
+        "num_evaluations": config.population_size * config.num_generations,
+        "ideal": objectives.min(axis=0).tolist(),
+        "nadir": objectives.max(axis=0).tolist(),
+        "num_divisions": config.num_divisions,
+        "choices": [
+            {
+                "edge": edge,
+                "index": int(row[choice.index]),
+                "rule": config.rule,
+                "budget_bytes": made.limits[edge],
+            }
+            for edge, choice in enumerate(made.choices)
+        ],
+    }
+
+
+def _edge_row(context: Context, made: Cloud, edge: int, outcome: Edge) -> dict[str, Any]:
+    choice, found = made.choices[edge], outcome.header
+    error, size, latency, energy = (float(v) for v in choice.objectives)
+    arch = choice.arch
+    return {
+        "edge": edge,
+        "budget_bytes": min(d.budget_bytes for d in edge_devices(context.devices, edge)),
+        "depth": int(arch.depth),
+        "heads": np.asarray(arch.heads).tolist(),
+        "neurons": np.asarray(arch.neurons).tolist(),
+        "kept_layers": list(kept_blocks(arch)),
+        "size_bytes": int(size),
+        "num_params": int(cost.num_params(context.backbone_dims, arch)),
+        "num_flops": int(cost.num_flops(context.backbone_dims, arch)),
+        "latency_s": latency,
+        "energy_j": energy,
+        "select_accuracy": 1.0 - error,
+        "cell": [list(block) for block in found.cell],
+        "header_params": num_params(context.header_dims, found.cell),
+        "header_select_accuracy": found.select_accuracy,
+        "candidate_accuracies": found.candidate_accuracies,
+        "linear_select_accuracy": found.linear_select_accuracy,
+    }
+
+
+def _device_rows(
+    context: Context, edge: int, outcome: Edge, arch: Arch
+) -> list[dict[str, Any]]:
+    from acme_jax.system import compute_features  # results is imported by system
+
+    devices = edge_devices(context.devices, edge)
+    data = stack_clients(
+        [
+            (compute_features(context, outcome.backbone, d.test.images)[0], d.test.labels)
+            for d in devices
+        ]
+    )
+    accuracies = _accuracies(context, outcome, data)
+    masks = np.asarray(_method_states(outcome, "wasserstein").mask)
+    return [
+        _device_row(
+            context,
+            device,
+            arch,
+            outcome,
+            masks[place],
+            {name: float(values[place]) for name, values in accuracies.items()},
+        )
+        for place, device in enumerate(devices)
+    ]
+
+
+def _accuracies(context: Context, outcome: Edge, data: ClientData) -> dict[str, Array]:
+    """Accuracy [C] on the devices' test splits of every method."""
+    found, cohort = outcome.header, outcome.refined.cohort
+    count = data.size.shape[0]
+
+    @jax.jit
+    def pruned(states: DeviceState, data: ClientData) -> Array:
+        return device_tier.evaluate(states, data, found.cell, context.header_dims)
+
+    start = device_tier.init_device(
+        found.params, header.num_gates(context.header_dims, found.cell), 0, context.config.refine
+    )
+    start = jax.tree.map(lambda leaf: jnp.stack([leaf] * count), start)
+    linear = jax.jit(device_tier.evaluate_linear)(cohort.linear, data)
+    return {"unpersonalized": pruned(start, data), "linear": linear} | {
+        method: pruned(_method_states(outcome, method), data) for method in METHODS
+    }
+
+
+def _method_states(outcome: Edge, method: str) -> DeviceState:
+    states = outcome.refined.cohort.devices
+    count = states.mask.shape[0] // len(METHODS)
+    first = METHODS.index(method) * count
+    return jax.tree.map(lambda leaf: leaf[first : first + count], states)
+
+
+def _device_row(
+    context: Context,
+    device: Device,
+    arch: Arch,
+    outcome: Edge,
+    mask: np.ndarray,
+    accuracy: dict[str, float],
+) -> dict[str, Any]:
+    dims, cell = context.header_dims, outcome.header.cell
+    backbone_flops = int(cost.num_flops(context.backbone_dims, arch))
+    header_flops = num_flops(dims, cell, mask)
+    header_bytes = BYTES_PER_PARAM * num_params(dims, cell, mask)
+    profile = device.profile
+    latency = float(cost.latency_s(context.backbone_dims, arch, profile))
+    energy = float(cost.energy_j(context.backbone_dims, arch, profile))
+    header_latency = header_flops / float(profile.flops_per_s)
+    return {
+        "device": device.id,
+        "edge": device.edge,
+        "budget_bytes": device.budget_bytes,
+        "num_train": len(device.train),
+        "num_test": len(device.test),
+        "labels": device.labels,
+        "size_bytes": int(cost.size_bytes(context.backbone_dims, arch)) + header_bytes,
+        "num_flops": backbone_flops + header_flops,
+        "latency_s": latency + header_latency,
+        "energy_j": energy
+        + header_latency * float(profile.idle_power_w)
+        + header_flops * float(profile.energy_per_flop_j)
+        + header_bytes * float(profile.energy_per_byte_j),
+        "accuracy": accuracy,
+        "gates_total": int(mask.size),
+        "gates_pruned": int((mask == 0).sum()),
+        "pruned_by_layer": {
+            point.name: [int((mask[point.start : point.stop] == 0).sum()), point.stop - point.start]
+            for point in gate_layout(dims, cell)
+        },
+        "model": f"devices/{device.id:03d}",
+    }
+
+
+def _similarity_row(context: Context, edge: int, outcome: Edge) -> dict[str, Any]:
+    mixing = outcome.refined.mixing
+    return {
+        "edge": edge,
+        "devices": [device.id for device in edge_devices(context.devices, edge)],
+        "distance": mixing.distance.tolist(),
+        "similarity": mixing.similarity.tolist(),
+        "weights": mixing.wasserstein.tolist(),
+        "js_weights": mixing.js.tolist(),
+    }
+
+
+def _summary(devices: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    summary = {}
+    for method in devices[0]["accuracy"]:
+        values = sorted(device["accuracy"][method] for device in devices)
+        worst = values[: max(1, len(values) // 10)]
+        summary[method] = {
+            "mean": statistics.fmean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "worst_tenth": statistics.fmean(worst),
+        }
+    return summary
+
+
+def _traffic(context: Context, post: Post, devices: list[dict[str, Any]]) -> dict[str, Any]:
+    uplink, downlink = messages.centralized_baseline(
+        [device["num_train"] for device in devices],
+        context.vit.image_shape,
+        [device["size_bytes"] for device in devices],
+    )
+    return {
+        "records": post.to_records(),
+        "uplink_bytes": post.ledger.total(direction="up"),
+        "downlink_bytes": post.ledger.total(direction="down"),
+        "centralized_uplink_bytes": uplink,
+        "centralized_downlink_bytes": downlink,
+    }

@@ -1,0 +1,242 @@
+"""The bidirectional single loop, from the first byte to the report.
+
+Down: the cloud trains a supernet and searches it, each edge gets the backbone that fits its
+devices and searches a header, each device gets both. Up: profiles, one feature sketch and an
+importance set a round. Read `run` from top to bottom.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from acme_jax import cloud, distill, phases, refine, slicing, supernet
+from acme_jax.cloud import Choice
+from acme_jax.config import Config
+from acme_jax.context import Context, Stream, make_context, proxy_indices
+from acme_jax.fleet import REFERENCE_PROFILE, Device, edge_devices
+from acme_jax.messages import (
+    BackboneMessage,
+    ClusterProfile,
+    DeviceProfileMessage,
+    HeaderMessage,
+)
+from acme_jax.phases import EdgeHeader, SearchProgress
+from acme_jax.post import Post
+from acme_jax.progress import Reporter, stop_on_signals
+from acme_jax.results import finish
+from acme_jax.run_dir import RunDirectory
+from acme_jax.session import Session
+from acme_jax.vit import Params
+from fed.clients import stack_clients
+
+FEATURE_BATCH = 500
+"""Images per call when features are computed; only memory depends on it."""
+
+
+class Cloud(NamedTuple):
+    """What the cloud made."""
+
+    reference: Params  # reordered; the same function as trained
+    supernet: Params
+    search: SearchProgress
+    choices: list[Choice]  # one for each edge
+    limits: list[float]  # bytes for each edge's backbone
+
+
+class Edge(NamedTuple):
+    """What one edge made, and its devices after refinement."""
+
+    backbone: Params  # sliced
+    header: EdgeHeader
+    refined: refine.Refined
+
+
+def run(
+    config: Config,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Runs everything that the configuration says and writes the run directory.
+
+    Args:
+      config: of the run; see `acme_jax.presets`.
+      run_dir: a new or empty directory, or with `resume` the directory of the same run.
+      resume: continue where a killed run stopped; results equal an uninterrupted run's.
+      reporter: shows progress; None: live on a terminal, plain lines elsewhere.
+
+    Returns:
+      The results, as in `results.json`.
+
+    Raises:
+      ConfigError, DataError, RunError: bad input, before long work starts.
+      NonFiniteLossError: training diverged; the last good checkpoint is kept.
+      StoppedError: SIGTERM or Ctrl-C; the state is saved.
+    """
+    directory = RunDirectory.create_or_open(run_dir, config, resume=resume)
+    try:
+        with (reporter or Reporter()) as shown, stop_on_signals() as stop:
+            session = Session(directory, shown, stop)
+            with session.phase("data and devices"):
+                context = make_context(config, session)
+            post = Post()
+            clusters = register_devices(context, post)
+            made = cloud_tier(context, clusters)
+            edges = [
+                edge_tier(context, post, edge, made.choices[edge], made.supernet)
+                for edge in range(config.fleet.num_edges)
+            ]
+            session.finish()
+            return finish(context, post, made, edges)
+    finally:
+        directory.close()
+
+
+def register_devices(context: Context, post: Post) -> list[ClusterProfile]:
+    """Up: every device sends its profile to its edge, every edge its cluster's to the cloud."""
+    clusters = []
+    for edge in range(context.config.fleet.num_edges):
+        received = [
+            post.send(
+                DeviceProfileMessage(d.id, d.budget_bytes, len(d.train), d.profile),
+                tier="edge-device",
+                direction="up",
+                round=0,
+            )
+            for d in edge_devices(context.devices, edge)
+        ]
+        limits = np.array([message.budget_bytes for message in received], np.int64)
+        cluster = ClusterProfile(edge, len(received), limits, REFERENCE_PROFILE)
+        clusters.append(post.send(cluster, tier="cloud-edge", direction="up", round=0))
+    return clusters
+
+
+def cloud_tier(context: Context, clusters: list[ClusterProfile]) -> Cloud:
+    """Reference model, reordering, width and depth distillation, Pareto search, choice."""
+    config, vit, public = context.config, context.vit, context.public
+    reference = phases.train(
+        context,
+        "reference model",
+        config.reference,
+        distill.reference_grad(vit),
+        Stream.REFERENCE,
+        supernet.init(context.stream(Stream.INIT), vit),
+    )
+    with context.session.phase("importance"):
+        measure = jax.jit(cloud.measure_importance, static_argnums=3)
+        order = measure(reference, public.select_images, public.select_labels, vit)
+        reference = cloud.reorder(reference, order)
+    width_adaptive = phases.train(
+        context,
+        "width distillation",
+        config.width,
+        distill.distillation_grad(vit, context.space, config.width, elastic_depth=False),
+        Stream.WIDTH,
+        reference,
+        teacher=reference,
+    )
+    elastic = phases.train(
+        context,
+        "depth distillation",
+        config.depth,
+        distill.distillation_grad(vit, context.space, config.depth, elastic_depth=True),
+        Stream.DEPTH,
+        width_adaptive,
+        teacher=width_adaptive,
+    )
+    limits = [float(np.min(c.limits)) - context.header_reserve_bytes for c in clusters]
+    search = phases.search(context, elastic, max(limits))
+    choices = cloud.choose_backbones(search.state, limits, config.search)
+    return Cloud(reference, elastic, search, choices, limits)
+
+
+def edge_tier(
+    context: Context, post: Post, edge: int, choice: Choice, supernet_params: Params
+) -> Edge:
+    """One edge: receive the backbone, search a header, send both down, refine with devices."""
+    devices = edge_devices(context.devices, edge)
+    sliced = slicing.slice_params(supernet_params, choice.arch)
+    sliced = {name: leaf for name, leaf in sliced.items() if name != "classifier"}
+    backbone = _as_jax(
+        post.send(
+            BackboneMessage(choice.arch, sliced), tier="cloud-edge", direction="down", round=0
+        ).params
+    )
+    with context.session.phase(f"features, edge {edge}"):
+        proxy = context.public.train_images[proxy_indices(context)]
+        train_features, _ = compute_features(context, backbone, proxy)
+        select_features, _ = compute_features(context, backbone, context.public.select_images)
+        device_features = [
+            compute_features(context, backbone, device.train.images) for device in devices
+        ]
+    found = phases.search_header(context, edge, train_features, select_features)
+    received = send_models(context, post, choice, sliced, found, devices)
+    data = stack_clients(
+        [
+            (tokens, device.train.labels)
+            for (tokens, _), device in zip(device_features, devices, strict=True)
+        ]
+    )
+    mixing = refine.exchange_sketches(
+        context, post, edge, [cls for _, cls in device_features], data.size
+    )
+    cohort = refine.run_edge(
+        context, post, edge, found.cell, received, found.linear, data, mixing
+    )
+    return Edge(backbone, found, refine.Refined(cohort, mixing))
+
+
+def send_models(
+    context: Context,
+    post: Post,
+    choice: Choice,
+    sliced: Params,
+    found: EdgeHeader,
+    devices: list[Device],
+) -> Params:
+    """Down: backbone and header to every device; returns the header as devices read it."""
+    del context
+    count = len(devices)
+    backbone = BackboneMessage(choice.arch, sliced)
+    post.send(backbone, tier="edge-device", direction="down", round=0, copies=count)
+    message = HeaderMessage(found.cell, found.params)
+    read = post.send(message, tier="edge-device", direction="down", round=0, copies=count)
+    return _as_jax(read.params)
+
+
+def compute_features(
+    context: Context, backbone: Params, images: np.ndarray | Array
+) -> tuple[Array, Array]:
+    """Header tokens [N, T, D] and normalised CLS features [N, D] of images.
+
+    Computed once, because the backbone is frozen; in batches of one shape, so that an edge
+    compiles once.
+    """
+    count = images.shape[0]
+    padding = -count % FEATURE_BATCH
+    padded = np.pad(np.asarray(images), ((0, padding), (0, 0), (0, 0), (0, 0)))
+    outputs = [
+        _features(backbone, jnp.asarray(padded[start : start + FEATURE_BATCH]), context.vit)
+        for start in range(0, count + padding, FEATURE_BATCH)
+    ]
+    tokens, cls = (jnp.concatenate(parts)[:count] for parts in zip(*outputs, strict=True))
+    return tokens, cls
+
+
+def _features_of(backbone: Params, images: Array, vit: Any) -> tuple[Array, Array]:
+    final = slicing.final_state(backbone, images, vit)
+    return final[:, 1:], supernet.normalise(backbone, final[:, 0])
+
+
+_features = jax.jit(_features_of, static_argnums=2)
+
+
+def _as_jax(params: Params) -> Params:
+    return jax.tree.map(jnp.asarray, params)

@@ -1,0 +1,62 @@
+"""The main job: ACME end to end on real data.
+
+    python scripts/run_acme.py [PRESET] [--run-dir DIR] [--resume] [--SECTION.KEY VALUE ...]
+
+`--help` after a preset lists every key with its default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from acme_jax import layout
+from acme_jax.config import Config
+from acme_jax.presets import get
+
+STOPPED = 143
+"""Exit status after SIGTERM or Ctrl-C: 128 + 15, as a shell reports a terminated process."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Command line of one run."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    run_dir: Annotated[Path | None, tyro.conf.arg(name="run-dir")] = None
+    """Where the run is written; None: runs/PRESET-seedSEED."""
+    resume: bool = False
+    """Continue a killed run; starts a new one if there is none."""
+
+
+def main(argv: list[str]) -> int:
+    """Parses the command line, runs, and turns every foreseen error into one line."""
+    preset = argv.pop(0) if argv and not argv[0].startswith("-") else "mnist5k"
+    try:
+        default = Arguments(get(preset))
+        arguments = tyro.cli(Arguments, default=default, args=argv, prog=f"run_acme.py {preset}")
+        config = arguments.config
+        layout.configure_host_devices(config.compute.num_devices)
+        # Imported late: the number of host devices must be set before JAX starts.
+        from acme_jax import system
+
+        run_dir = arguments.run_dir or Path("runs") / f"{config.preset}-seed{config.seed}"
+        system.run(config, run_dir, resume=arguments.resume)
+    except Exception as error:
+        name = type(error).__name__
+        if name == "StoppedError":
+            print(error, file=sys.stderr)
+            return STOPPED
+        if isinstance(error, ValueError) or name == "NonFiniteLossError":
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
