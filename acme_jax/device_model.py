@@ -80,7 +80,7 @@ def save(model: DeviceModel, directory: Path, facts: dict[str, Any]) -> None:
     description = {
         "vit": dataclasses.asdict(model.vit),
         "header": dataclasses.asdict(model.header_dims),
-        "cell": [list(block) for block in model.cell],
+        "cell": [[int(gene) for gene in block] for block in model.cell],
         "facts": facts,
     }
     write_json(directory / "model.json", description)

@@ -12,27 +12,30 @@ therefore slightly optimistic, like those of any model choice.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import lax
 
 from acme_jax import header
 from acme_jax.config import HeaderConfig
 from acme_jax.header import GateLayout, HeaderDims
-from nas import cells, controller
-from nas.cells import Cell, CellSpace, StaticCell
+from acme_jax.header_training import (
+    Dataset,
+    HeaderPrograms,
+    TrainState,
+    header_programs,
+    policy_programs,
+    restart,
+)
+from nas import cells
+from nas.cells import Cell, StaticCell
 
 Params = dict[str, Any]
 Progress = Callable[[Mapping[str, float | str]], None]
 
-WEIGHT_DECAY = 1e-4
-CLIP_NORM = 5.0
 _OVERSAMPLING = 4
 """Cells drawn for each candidate wanted, because the controller repeats itself."""
 
@@ -64,14 +67,6 @@ class LinearHeader(NamedTuple):
     params: Params
     loss: np.ndarray  # [final_epochs]
     select_accuracy: float
-
-
-class TrainState(NamedTuple):
-    """Weights under training, the optimiser's state and the steps made."""
-
-    params: Params
-    opt_state: Any
-    step: jax.Array  # [] int32
 
 
 def search_header(
@@ -106,25 +101,28 @@ def search_header(
     train = _dataset(train_features, train_labels, "train")
     select = _dataset(select_features, select_labels, "select")
     report = progress or _silent
-    programs, policy = _programs(dims, config, linear=False), _policy_programs(dims, config)
+    programs, policy = header_programs(dims, config, linear=False), policy_programs(dims, config)
     child_key, policy_key, epochs_key, candidate_key, final_key = jax.random.split(key, 5)
     steps = _steps(train, config)
+    # one number for both uses of the sampler, so that it is compiled once
+    num_drawn = max(steps, _OVERSAMPLING * config.num_candidates)
 
     children, state, rows = programs.init(child_key), policy.init(policy_key), []
     for epoch in range(config.search_epochs):
         cells_key, train_key, reward_key = jax.random.split(
             jax.random.fold_in(epochs_key, epoch), 3
         )
-        drawn = policy.draw(jax.random.split(cells_key, steps), state)
+        drawn = policy.draw(jax.random.split(cells_key, num_drawn), state)
+        chosen = jax.tree.map(lambda genes: genes[:steps], drawn)
         children, loss = programs.epoch(
-            train_key, children, drawn, config.search_epochs * steps, train
+            train_key, children, chosen, config.search_epochs * steps, train
         )
         state, (reward, entropy) = policy.epoch(reward_key, state, children.params, select)
         rows.append((float(loss), float(reward), float(entropy)))
         numbers = dict(zip(("loss", "reward", "entropy"), rows[-1], strict=True))
         report({"phase": "header_search", "epoch": epoch, **numbers})
 
-    keys = jax.random.split(candidate_key, _OVERSAMPLING * config.num_candidates)
+    keys = jax.random.split(candidate_key, num_drawn)
     candidates = _distinct(policy.draw(keys, state), config.num_candidates)
     genomes = [cells.from_static(cell) for cell in candidates]
     accuracies = np.asarray(
@@ -133,9 +131,7 @@ def search_header(
     order = np.argsort(-accuracies, kind="stable")
     winner = candidates[order[0]]
 
-    fresh = TrainState(
-        children.params, _optimizer().init(children.params), jnp.zeros((), jnp.int32)
-    )
+    fresh = restart(children.params)
     params, final_losses = _fit(
         final_key, programs, fresh, genomes[order[0]], train, config, "header_final", report
     )
@@ -146,7 +142,7 @@ def search_header(
         gate_layout=header.gate_layout(dims, winner),
         candidate_cells=tuple(candidates[index] for index in order),
         candidate_accuracies=accuracies[order],
-        history=SearchHistory(*columns, final_losses),
+        history=SearchHistory(columns[0], columns[1], columns[2], final_losses),
         select_accuracy=float(programs.accuracy(params, genomes[order[0]], select)),
     )
 
@@ -167,7 +163,7 @@ def train_linear_header(
     """
     train = _dataset(train_features, train_labels, "train")
     select = _dataset(select_features, select_labels, "select")
-    programs = _programs(dims, config, linear=True)
+    programs = header_programs(dims, config, linear=True)
     init_key, fit_key = jax.random.split(key)
     params, losses = _fit(
         fit_key,
@@ -182,105 +178,12 @@ def train_linear_header(
     return LinearHeader(params, losses, float(programs.accuracy(params, None, select)))
 
 
-class _Dataset(NamedTuple):
-    features: jax.Array  # [N, T, D]
-    labels: jax.Array  # [N] int32
-
-
-class _Programs(NamedTuple):
-    """Programs of one kind of header, jitted but for `init`; `choice` is a cell, or None for the linear one."""
-
-    init: Callable[..., TrainState]  # key -> state
-    epoch: Callable[..., Any]  # key, state, choices [steps], num_steps, train -> state, loss
-    accuracy: Callable[..., jax.Array]  # params, choice, select -> []
-
-
-class _PolicyPrograms(NamedTuple):
-    init: Callable[..., controller.ControllerState]  # key -> state
-    epoch: Callable[..., Any]  # key, state, params, select -> state, (reward, entropy)
-    draw: Callable[..., Cell]  # keys [S], state -> cells [S]
-
-
-# The chosen cell is a traced argument even in the final training: the program that searched is
-# then reused, at every edge, instead of compiling a new one for each winner.
-@functools.lru_cache(maxsize=8)
-def _programs(dims: HeaderDims, config: HeaderConfig, linear: bool) -> _Programs:
-    optimizer = _optimizer()
-
-    def predict(params: Params, choice: Any, features: jax.Array) -> jax.Array:
-        if linear:
-            return header.apply_linear(params, features)
-        return header.apply_shared(params, choice, dims, features)
-
-    def init(key: jax.Array) -> TrainState:
-        if linear:
-            params = header.init_linear(key, dims.embed_dim, dims.num_classes)
-        else:
-            params = header.init_shared(key, dims)
-        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-    def epoch(
-        key: jax.Array, state: TrainState, choices: Any, num_steps: jax.Array, train: _Dataset
-    ) -> tuple[TrainState, jax.Array]:
-        def step(state: TrainState, batch: tuple[jax.Array, Any]) -> Any:
-            rows, choice = batch
-
-            def loss_of(params: Params) -> jax.Array:
-                logits = predict(params, choice, train.features[rows])
-                return optax.softmax_cross_entropy_with_integer_labels(
-                    logits, train.labels[rows]
-                ).mean()
-
-            loss, grads = jax.value_and_grad(loss_of)(state.params)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            rate = config.learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * state.step / num_steps))
-            params = jax.tree.map(lambda leaf, change: leaf - rate * change, state.params, updates)
-            return TrainState(params, opt_state, state.step + 1), loss
-
-        size = min(config.batch_size, len(train.labels))
-        steps = len(train.labels) // size
-        # the remainder of incomplete batches waits for another epoch's shuffle
-        rows = jax.random.permutation(key, len(train.labels))[: steps * size].reshape(steps, size)
-        state, losses = lax.scan(step, state, (rows, choices))
-        return state, losses.mean()
-
-    def accuracy(params: Params, choice: Any, select: _Dataset) -> jax.Array:
-        return _accuracy(predict(params, choice, select.features), select.labels)
-
-    return _Programs(init, jax.jit(epoch), jax.jit(accuracy))
-
-
-@functools.lru_cache(maxsize=8)
-def _policy_programs(dims: HeaderDims, config: HeaderConfig) -> _PolicyPrograms:
-    policy = controller.reinforce(CellSpace(dims.blocks))
-
-    def epoch(
-        key: jax.Array, state: controller.ControllerState, params: Params, select: _Dataset
-    ) -> Any:
-        count = min(config.batch_size, len(select.labels))
-
-        def step(state: controller.ControllerState, key: jax.Array) -> Any:
-            cell_key, batch_key = jax.random.split(key)
-            cell = policy.sample(cell_key, state)
-            rows = jax.random.randint(batch_key, (count,), 0, len(select.labels))
-            logits = header.apply_shared(params, cell, dims, select.features[rows])
-            reward = 100.0 * _accuracy(logits, select.labels[rows])
-            state, info = policy.update(state, cell, reward)
-            return state, (reward, info.entropy)
-
-        state, numbers = lax.scan(step, state, jax.random.split(key, config.controller_steps))
-        return state, jax.tree.map(jnp.mean, numbers)
-
-    draw = jax.vmap(policy.sample, in_axes=(0, None))
-    return _PolicyPrograms(policy.init, jax.jit(epoch), jax.jit(draw))
-
-
 def _fit(
     key: jax.Array,
-    programs: _Programs,
+    programs: HeaderPrograms,
     state: TrainState,
     choice: Any,
-    train: _Dataset,
+    train: Dataset,
     config: HeaderConfig,
     phase: str,
     report: Progress,
@@ -296,41 +199,25 @@ def _fit(
     return state.params, np.asarray(losses)
 
 
-def _optimizer() -> optax.GradientTransformation:
-    """AdamW without its learning rate, which the epoch program applies."""
-    return optax.chain(
-        optax.clip_by_global_norm(CLIP_NORM),
-        optax.scale_by_adam(),
-        optax.add_decayed_weights(WEIGHT_DECAY),
-    )
-
-
 def _distinct(drawn: Cell, count: int) -> list[StaticCell]:
     """The first `count` different cells in drawing order; fewer when there are fewer."""
     inputs, ops = np.asarray(drawn.inputs), np.asarray(drawn.ops)
-    genomes = (
-        cells.to_static(Cell(*genes))
-        for genes in zip(inputs, ops, strict=True)  # type: ignore[arg-type]
-    )
+    genomes = (cells.to_static(Cell(*genes)) for genes in zip(inputs, ops, strict=True))
     return list(dict.fromkeys(genomes))[:count]
 
 
-def _accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return (logits.argmax(-1) == labels).mean()
-
-
-def _steps(train: _Dataset, config: HeaderConfig) -> int:
+def _steps(train: Dataset, config: HeaderConfig) -> int:
     """Full batches of an epoch."""
     return len(train.labels) // min(config.batch_size, len(train.labels))
 
 
-def _dataset(features: jax.Array, labels: jax.Array, name: str) -> _Dataset:
+def _dataset(features: jax.Array, labels: jax.Array, name: str) -> Dataset:
     if len(labels) == 0 or len(features) != len(labels):
         raise ValueError(
             f"the {name} split has {len(features)} features and {len(labels)} labels; header "
             "search needs equally many, at least one"
         )
-    return _Dataset(jnp.asarray(features), jnp.asarray(labels, jnp.int32))
+    return Dataset(jnp.asarray(features), jnp.asarray(labels, jnp.int32))
 
 
 def _silent(_: Mapping[str, float | str]) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -243,7 +244,10 @@ def _switch(op: jax.Array, node: jax.Array, weights: Params, inputs: jax.Array) 
         return header_ops.sep({**loaded, "depthwise": kernel}, grid, ones, ones, unroll=False)
 
     plain = [code for code in range(len(OPS)) if code not in sizes]
-    branches = [separable, *(functools.partial(header_ops.apply_plain, code) for code in plain)]
+    branches: list[Callable[[jax.Array], jax.Array]] = [
+        separable,
+        *(functools.partial(header_ops.apply_plain, code) for code in plain),
+    ]
     order = [0 if code in sizes else 1 + plain.index(code) for code in range(len(OPS))]
     return lax.switch(jnp.asarray(order)[op], branches, inputs)
 

@@ -104,10 +104,8 @@ def avg_pool3(inputs: jax.Array) -> jax.Array:
     for axis in (1, 2):
         before, after = _neighbours(total, axis, 0.0)
         total = before + total + after
-    counts = 1.0
-    for size in inputs.shape[1:3]:
-        line = np.convolve(np.ones(size), np.ones(3), mode="same")[:size] if size > 1 else [1.0]
-        counts = np.multiply.outer(counts, line)
+    height, width = (np.minimum(np.arange(n), 1) + 1 for n in inputs.shape[1:3])
+    counts = (height + height[::-1] - 1)[:, None] * (width + width[::-1] - 1)[None]
     return total * jnp.asarray(1.0 / counts, inputs.dtype)[None, :, :, None]
 
 

@@ -8,7 +8,6 @@ and clients and individuals are independent.
 
 from __future__ import annotations
 
-import math
 import os
 
 import jax
@@ -51,7 +50,5 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 
 def divide_mesh(mesh: Mesh, num_parts: int) -> Mesh:
     """The largest sub-mesh whose device count divides `num_parts`."""
-    count = math.gcd(mesh.devices.size, num_parts)
-    while num_parts % count:
-        count -= 1
+    count = max(n for n in range(1, mesh.devices.size + 1) if num_parts % n == 0)
     return Mesh(mesh.devices.reshape(-1)[:count], (AXIS,))

@@ -227,7 +227,7 @@ def _edge_row(context: Context, made: Cloud, edge: int, outcome: Edge) -> dict[s
         "energy_j": energy,
         "select_accuracy": 1.0 - error,
         "cell": [list(block) for block in found.cell],
-        "header_params": num_params(context.header_dims, found.cell),
+        "header_params": int(num_params(context.header_dims, found.cell)),
         "header_select_accuracy": found.select_accuracy,
         "candidate_accuracies": found.candidate_accuracies,
         "linear_select_accuracy": found.linear_select_accuracy,
@@ -297,8 +297,8 @@ def _device_row(
 ) -> dict[str, Any]:
     dims, cell = context.header_dims, outcome.header.cell
     backbone_flops = int(cost.num_flops(context.backbone_dims, arch))
-    header_flops = num_flops(dims, cell, mask)
-    header_bytes = BYTES_PER_PARAM * num_params(dims, cell, mask)
+    header_flops = int(num_flops(dims, cell, mask))
+    header_bytes = BYTES_PER_PARAM * int(num_params(dims, cell, mask))
     profile = device.profile
     latency = float(cost.latency_s(context.backbone_dims, arch, profile))
     energy = float(cost.energy_j(context.backbone_dims, arch, profile))

@@ -18,6 +18,7 @@ K head size, F neurons, L layers, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,8 +27,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
+from acme_jax.header_ops import normals
 from acme_jax.vit import Attention, Block, Mlp, Params, ViTConfig
 from nas.arch import Arch, ArchMask, ArchSpace, keep_mask
+
 
 class Outputs(NamedTuple):
     """What a forward pass returns."""
@@ -46,29 +49,60 @@ def full_block(config: ViTConfig) -> Block:
 def init(key: Array, config: ViTConfig) -> Params:
     """Parameters of the full network; `params["blocks"]` leaves lead with [L].
 
+    Kernels are normal with variance 1 / fan-in, as the modules' own initialisers say; those
+    draw leaf by leaf, and each draw costs a second of compilation, so here one serves all.
+
     Args:
       key: PRNG key, consumed.
       config: static sizes.
     """
-    dims = config.dims
-    embed_key, position_key, head_key, block_key = jax.random.split(key, 4)
+    dims, layers = config.dims, config.num_layers
     dummy = jnp.zeros((1, dims.num_tokens, dims.embed_dim))
     block = full_block(config)
-    blocks = jax.vmap(lambda k: block.init(k, dummy)["params"])(
-        jax.random.split(block_key, config.num_layers)
+    shapes = jax.eval_shape(lambda k: block.init(k, dummy)["params"], key)
+    fan_in = {
+        "qkv_kernel": dims.embed_dim,
+        "out_kernel": dims.num_heads * dims.head_size,
+        "up_kernel": dims.embed_dim,
+        "down_kernel": dims.num_neurons,
+    }
+    kernels = {
+        name: leaf.shape
+        for half in shapes.values()
+        for name, leaf in half.items()
+        if name in fan_in
+    }
+    patches, position, classifier, *drawn = normals(
+        key,
+        (dims.patch_dim, dims.embed_dim),
+        (dims.num_tokens, dims.embed_dim),
+        (dims.embed_dim, dims.num_classes),
+        *((layers, *shape) for shape in kernels.values()),
     )
-    dense = nn.initializers.lecun_normal()
+    scaled = {
+        name: noise / math.sqrt(fan_in[name]) for name, noise in zip(kernels, drawn, strict=True)
+    }
+
+    def half(leaves: Params) -> Params:
+        size = (layers, dims.embed_dim)
+        rest = {
+            name: scaled[name] if name in scaled else jnp.zeros((layers, *leaf.shape))
+            for name, leaf in leaves.items()
+            if name != "norm"
+        }
+        return {**rest, "norm": {"scale": jnp.ones(size), "bias": jnp.zeros(size)}}
+
     return {
         "embed": {
-            "kernel": dense(embed_key, (dims.patch_dim, dims.embed_dim)),
+            "kernel": patches / math.sqrt(dims.patch_dim),
             "bias": jnp.zeros(dims.embed_dim),
         },
         "cls": jnp.zeros((1, dims.embed_dim)),
-        "position": 0.02 * jax.random.normal(position_key, (dims.num_tokens, dims.embed_dim)),
-        "blocks": blocks,
+        "position": 0.02 * position,
+        "blocks": {name: half(leaves) for name, leaves in shapes.items()},
         "norm": {"scale": jnp.ones(dims.embed_dim), "bias": jnp.zeros(dims.embed_dim)},
         "classifier": {
-            "kernel": dense(head_key, (dims.embed_dim, dims.num_classes)),
+            "kernel": classifier / math.sqrt(dims.embed_dim),
             "bias": jnp.zeros(dims.num_classes),
         },
     }
@@ -93,7 +127,10 @@ def normalise(params: Params, hidden: Array) -> Array:
 
 def classify(params: Params, final: Array) -> Array:
     """Last hidden state [B, T, D] -> logits [B, C] by the CLS token."""
-    return normalise(params, final[:, 0]) @ params["classifier"]["kernel"] + params["classifier"]["bias"][None]
+    return (
+        normalise(params, final[:, 0]) @ params["classifier"]["kernel"]
+        + params["classifier"]["bias"][None]
+    )
 
 
 def apply(

@@ -85,9 +85,9 @@ def test_sample_reports_its_own_log_prob_and_entropy(params):
     space = CellSpace(5)  # more nodes than operations
     big = scaled(params, 5.0)
     keys = jax.random.split(jax.random.key(2), 64)
-    drawn, log_probs, entropies = jax.jit(
-        jax.vmap(lambda key: controller.sample(key, big, space))
-    )(keys)
+    drawn, log_probs, entropies = jax.jit(jax.vmap(lambda key: controller.sample(key, big, space)))(
+        keys
+    )
     assert bool(jax.vmap(cells.is_valid)(drawn).all())
     replayed = jax.vmap(lambda cell: controller.log_prob(big, cell))(drawn)
     np.testing.assert_allclose(log_probs, replayed, rtol=1e-5)
@@ -97,9 +97,7 @@ def test_sample_reports_its_own_log_prob_and_entropy(params):
 
 
 def test_one_block_probabilities_sum_to_one(params):
-    genes = jnp.asarray(
-        list(itertools.product(range(2), range(6), range(2), range(6))), jnp.int32
-    )
+    genes = jnp.asarray(list(itertools.product(range(2), range(6), range(2), range(6))), jnp.int32)
     every = Cell(genes[:, None, 0::2], genes[:, None, 1::2])
     log_probs = jax.vmap(lambda cell: controller.log_prob(scaled(params, 6.0), cell))(every)
     np.testing.assert_allclose(np.exp(log_probs).sum(), 1.0, rtol=1e-5)
