@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from acme_jax.config import TrainConfig
 from acme_jax.layout import AXIS
 from acme_jax.progress import PhaseTime
 from acme_jax.training import steps_per_epoch
@@ -62,16 +61,16 @@ def training_rates(context: Context, phases: Sequence[PhaseTime]) -> dict[str, f
     work = {
         "reference model": reference_flops(context.vit, context.space),
         "width distillation": distillation_flops(
-            context.vit, context.space, config.width, elastic_depth=False
+            context.vit, context.space, config.distill.depths_per_step, elastic_depth=False
         ),
         "depth distillation": distillation_flops(
-            context.vit, context.space, config.depth, elastic_depth=True
+            context.vit, context.space, config.distill.depths_per_step, elastic_depth=True
         ),
     }
     settings = {
         "reference model": config.reference,
-        "width distillation": config.width,
-        "depth distillation": config.depth,
+        "width distillation": config.distill.width,
+        "depth distillation": config.distill.depth,
     }
     rates = {}
     for record in phases:
@@ -89,18 +88,17 @@ def reference_flops(vit: ViTConfig, space: ArchSpace) -> float:
 
 
 def distillation_flops(
-    vit: ViTConfig, space: ArchSpace, train: TrainConfig, *, elastic_depth: bool
+    vit: ViTConfig, space: ArchSpace, depths_per_step: int, *, elastic_depth: bool
 ) -> float:
     """Dense FLOPs per image and step of a distillation phase, students and teachers.
 
     With fewer depths a step than there are, the expectation over the draw.
     """
     depths = space.depth_choices if elastic_depth else (space.num_layers,)
-    per_step = min(train.depths_per_step, len(depths))
     total = 0.0 if elastic_depth else forward_flops(vit, space, space.num_layers, *space.widths[-1])
     for heads, neurons in space.widths:
         students = [forward_flops(vit, space, depth, heads, neurons) for depth in depths]
-        total += 3.0 * sum(students) * per_step / len(depths)
+        total += 3.0 * sum(students) * depths_per_step / len(depths)
         if elastic_depth:
             total += forward_flops(vit, space, space.num_layers, heads, neurons)
     return total

@@ -54,7 +54,15 @@ def measure_importance(
       labels: [N].
       config: static sizes.
       batch_size: images per gradient.
+
+    Raises:
+      ConfigError: fewer images than one batch, which would score nothing.
     """
+    if images.shape[0] < batch_size:
+        raise ConfigError(
+            f"importance needs at least one batch of {batch_size} images, but the select split "
+            f"has {images.shape[0]} images; raise data.public_select"
+        )
     dims = config.dims
     ones = ArchMask(
         jnp.ones(dims.num_layers),
@@ -139,10 +147,10 @@ def accuracy(
       archs: genomes with leading [P].
       mesh: as many of its devices are used as divide P.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    dense_loop = _runs_dense(mesh)
 
     def dense(params: Params, images: Array, labels: Array, arch: Arch) -> Array:
-        logits = supernet.apply_arch(params, images, config, space, arch)
+        logits = supernet.apply_arch(params, images, config, space, arch).logits
         return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
     def masked(params: Params, images: Array, labels: Array, arch: Arch) -> Array:
@@ -150,7 +158,7 @@ def accuracy(
         return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
     def local(params: Params, images: Array, labels: Array, archs: Arch) -> Array:
-        if on_cpu:
+        if dense_loop:
             return lax.map(lambda arch: dense(params, images, labels, arch), archs)
         return jax.vmap(lambda arch: masked(params, images, labels, arch))(archs)
 
@@ -162,6 +170,10 @@ def accuracy(
         out_specs=spec,
         check_vma=False,
     )(params, images, labels, archs)
+
+
+def _runs_dense(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def costs(dims: ModelDims, archs: Arch, profile: DeviceProfile) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 Distribution = Literal["iid", "c2", "c3", "c4", "dirichlet"]
 SelectionRule = Literal["paper", "trade_off", "nearest_ideal", "lowest_error"]
@@ -94,9 +94,6 @@ class TrainConfig:
     """Distillation only: coefficient of the soft cross-entropy (lambda 1)."""
     hidden_loss: float = 0.1
     """Distillation only: coefficient of the hidden-state term (lambda 2)."""
-    depths_per_step: int = 4
-    """Depth distillation only: depths that each width trains in one step. All of them is
-    DynaBERT's rule; fewer are drawn at random, so that every width and depth takes part."""
     max_shift: int = 2
     """Augmentation: each image moves by up to this many pixels."""
     shards: int = 2
@@ -105,11 +102,42 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "epochs", "batch_size", "learning_rate", "clip_norm", "shards")
-        _check_positive(self, "depths_per_step")
         _check(
             0.0 <= self.warmup_fraction < 1.0,
             f"TrainConfig.warmup_fraction must be in [0, 1), got {self.warmup_fraction}",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """How the supernet is taught: widths first, then depths as well."""
+
+    width: TrainConfig = dataclasses.field(
+        default_factory=lambda: TrainConfig(
+            epochs=3, learning_rate=3e-3, weight_decay=0.0, max_shift=1
+        )
+    )
+    depth: TrainConfig = dataclasses.field(
+        default_factory=lambda: TrainConfig(
+            epochs=14, learning_rate=3e-3, weight_decay=0.0, max_shift=1
+        )
+    )
+    depths_per_step: int = 1
+    """Depths that each width trains in one step: 4 is all of them, DynaBERT's rule; fewer are
+    drawn so that over the four widths every depth takes part."""
+
+    def __post_init__(self) -> None:
+        _check(
+            1 <= self.depths_per_step <= 4,
+            f"DistillConfig.depths_per_step must be 1 to 4, got {self.depths_per_step}",
+        )
+        for name in ("batch_size", "shards", "max_shift", "clip_norm"):
+            width, depth = getattr(self.width, name), getattr(self.depth, name)
+            _check(
+                width == depth,
+                f"distill.width.{name} ({width}) and distill.depth.{name} ({depth}) must be "
+                "equal, because both phases share one compiled program",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,8 +299,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     reference: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    width: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    depth: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
     fleet: FleetConfig = dataclasses.field(default_factory=FleetConfig)
     header: HeaderConfig = dataclasses.field(default_factory=HeaderConfig)
@@ -311,7 +338,8 @@ def _build(cls: Any, plain: dict[str, Any], prefix: str) -> Any:
         isinstance(plain, dict),
         f"configuration section {prefix.rstrip('.') or 'root'} must be a mapping, got {plain!r}",
     )
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    types = get_type_hints(cls)
+    fields = [field.name for field in dataclasses.fields(cls)]
     unknown = sorted(set(plain) - set(fields))
     _check(
         not unknown,
@@ -320,7 +348,7 @@ def _build(cls: Any, plain: dict[str, Any], prefix: str) -> Any:
     )
     values = {}
     for name, value in plain.items():
-        section = fields[name].default_factory
+        section = types[name]
         if dataclasses.is_dataclass(section):
             values[name] = _build(section, value, f"{prefix}{name}.")
         else:

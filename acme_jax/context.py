@@ -121,7 +121,7 @@ def make_context(config: Config, session: Session) -> Context:
     )
     backbone_dims = dataclasses.replace(vit.dims, num_classes=0)
     splits = make_splits(dataset, config.data, config.seed)
-    for phase in (config.reference, config.width, config.depth):
+    for phase in (config.reference, config.distill.width, config.distill.depth):
         training.steps_per_epoch(len(splits.train), phase)
     proxy = int(len(splits.train) * config.header.proxy_fraction)
     if proxy < config.header.batch_size:

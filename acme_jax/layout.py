@@ -9,12 +9,15 @@ and clients and individuals are independent.
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from acme_jax.config import ConfigError
+
+Tree = TypeVar("Tree")
 
 AXIS = "devices"
 """Name of the mesh axis over which batches, individuals and clients are divided."""
@@ -52,3 +55,12 @@ def divide_mesh(mesh: Mesh, num_parts: int) -> Mesh:
     """The largest sub-mesh whose device count divides `num_parts`."""
     count = max(n for n in range(1, mesh.devices.size + 1) if num_parts % n == 0)
     return Mesh(mesh.devices.reshape(-1)[:count], (AXIS,))
+
+
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
+    """Puts a copy of every leaf on every device of the mesh; does nothing where it lies so.
+
+    Call it on the state that goes into a compiled loop over the mesh. What comes out of such
+    a loop lies so; a first state that does not would make the second call compile again.
+    """
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -39,17 +39,25 @@ def train(
     context: Context,
     name: str,
     config: TrainConfig,
-    grad_fn: GradFn,
+    epoch: Callable[..., tuple[TrainState, dict[str, Array]]],
     stream: Stream,
     params: Params,
-    teacher: Params | None = None,
+    lesson: Any = None,
 ) -> Params:
-    """One training phase of the cloud on its public train split, an epoch per unit."""
+    """One training phase of the cloud on its public train split, an epoch per unit.
+
+    Args:
+      context: of the run.
+      name: of the phase.
+      config: its schedule.
+      epoch: the jitted epoch of `compiled_epoch`.
+      stream: of its randomness.
+      params: where it starts.
+      lesson: what the epoch's gradient takes.
+    """
     images, labels = context.public.train_images, context.public.train_labels
-    optimizer = training.make_optimizer(config, images.shape[0])
-    epoch = jax.jit(
-        training.make_epoch(grad_fn, optimizer, config, context.mesh), donate_argnums=(1,)
-    )
+    optimizer = training.make_optimizer(config)
+    schedule = training.make_schedule(config, images.shape[0])
     key = context.stream(stream)
 
     def initial() -> TrainState:
@@ -57,7 +65,7 @@ def train(
         return training.init_state(jax.tree.map(jnp.copy, params), optimizer)
 
     def advance(state: TrainState, index: int) -> tuple[TrainState, Rows]:
-        state, metrics = epoch(key, state, teacher, images, labels)
+        state, metrics = epoch(key, state, lesson, schedule, images, labels)
         values = {k: np.asarray(v, np.float64) for k, v in metrics.items()}
         row: dict[str, Any] = {k: float(v.mean()) for k, v in values.items()}
         bad = np.flatnonzero(~np.isfinite(values["loss"]))
@@ -73,6 +81,14 @@ def train(
         advance=advance,
     )
     return state.params
+
+
+def compiled_epoch(
+    context: Context, grad_fn: GradFn, config: TrainConfig
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """The epoch of `training.make_epoch`, jitted, its state donated."""
+    epoch = training.make_epoch(grad_fn, config, context.mesh)
+    return jax.jit(epoch, donate_argnums=(1,))
 
 
 class SearchProgress(NamedTuple):

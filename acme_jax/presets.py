@@ -8,6 +8,7 @@ from acme_jax.config import (
     Config,
     ConfigError,
     DataConfig,
+    DistillConfig,
     FleetConfig,
     HeaderConfig,
     ModelConfig,
@@ -67,8 +68,10 @@ def smoke() -> Config:
         data=data,
         model=ModelConfig(patch_size=2, embed_dim=32, num_layers=4, num_heads=4, num_neurons=64),
         reference=TrainConfig(epochs=6, batch_size=50),
-        width=TrainConfig(epochs=3, batch_size=50),
-        depth=TrainConfig(epochs=3, batch_size=50),
+        distill=DistillConfig(
+            width=TrainConfig(epochs=3, batch_size=50, max_shift=1),
+            depth=TrainConfig(epochs=3, batch_size=50, max_shift=1),
+        ),
         search=SearchConfig(population_size=16, num_generations=5),
         fleet=FleetConfig(
             num_edges=2, devices_per_edge=3, budgets=(0.4, 0.8), samples_per_device=80

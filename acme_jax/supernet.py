@@ -5,10 +5,11 @@ stacked along a leading layer axis, and three pure forms of `apply` read it:
 
 * `apply` takes an `ArchMask`. Every sub-network runs at full size, so one program serves
   all of them, also under `vmap` (the form for accelerators, and the oracle in tests).
-* `apply_arch` takes an `Arch` and runs only what the sub-network keeps: blocks are skipped
-  by `lax.cond` and widths chosen by `lax.switch` among prefixes. One program serves all
-  genomes and does dense work only, but must not be vmapped over genomes.
-* `apply_width` is the training form: width static, depth traced.
+* `apply_arch` takes an `Arch` and skips, by `lax.cond`, every group of heads or neurons that
+  the sub-network leaves out. One program serves all genomes, forward and backward, and does
+  dense work only, but must not be vmapped over genomes (the form for searching on CPU).
+* `apply_width` has a static width and a traced depth: larger matrix products, more to
+  compile (the form for training).
 
 Blocks run in `lax.scan`, so compile time does not grow with depth. After the importance
 reordering the kept heads and neurons are prefixes; the embedding width stays full, so
@@ -28,7 +29,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from acme_jax.header_ops import normals
-from acme_jax.vit import Attention, Block, Mlp, Params, ViTConfig
+from acme_jax.vit import Block, Params, ViTConfig, attention_heads, layer_norm, mlp_neurons
 from nas.arch import Arch, ArchMask, ArchSpace, keep_mask
 
 
@@ -119,16 +120,10 @@ def embed(params: Params, images: Array, config: ViTConfig) -> Array:
     return jnp.concatenate([cls, tokens], axis=1) + params["position"][None]
 
 
-def normalise(params: Params, hidden: Array) -> Array:
-    """The final LayerNorm over the last axis."""
-    normed: Array = nn.LayerNorm().apply({"params": params["norm"]}, hidden)
-    return normed
-
-
 def classify(params: Params, final: Array) -> Array:
     """Last hidden state [B, T, D] -> logits [B, C] by the CLS token."""
     return (
-        normalise(params, final[:, 0]) @ params["classifier"]["kernel"]
+        layer_norm(params["norm"], final[:, 0]) @ params["classifier"]["kernel"]
         + params["classifier"]["bias"][None]
     )
 
@@ -220,48 +215,86 @@ def apply_width(
     return Outputs(classify(params, final), inputs, final)
 
 
+GroupFn = Callable[[Params, Array], Array]
+"""What a group of heads or neurons adds to the residual stream: (weights, y) -> like y."""
+
+
+class _Groups(NamedTuple):
+    """Blocks cut into equal groups of heads and of neurons, for a scan over groups."""
+
+    heads: Params  # leaves [L, groups, ...]
+    neurons: Params  # leaves [L, groups, ...]
+    attention: Params  # norm and output bias, leaves [L, ...]
+    mlp: Params
+
+
+def _group(blocks: Params, head_group: int, neuron_group: int) -> _Groups:
+    attention, mlp = dict(blocks["attention"]), dict(blocks["mlp"])
+
+    def cut(leaf: Array, axis: int, size: int) -> Array:
+        shape = (*leaf.shape[:axis], leaf.shape[axis] // size, size, *leaf.shape[axis + 1 :])
+        return jnp.moveaxis(leaf.reshape(shape), axis, 1)
+
+    heads = {
+        "qkv_kernel": cut(attention.pop("qkv_kernel"), 3, head_group),
+        "qkv_bias": cut(attention.pop("qkv_bias"), 2, head_group),
+        "out_kernel": cut(attention.pop("out_kernel"), 1, head_group),
+    }
+    neurons = {
+        "up_kernel": cut(mlp.pop("up_kernel"), 2, neuron_group),
+        "up_bias": cut(mlp.pop("up_bias"), 1, neuron_group),
+        "down_kernel": cut(mlp.pop("down_kernel"), 1, neuron_group),
+    }
+    return _Groups(heads, neurons, attention, mlp)
+
+
 def apply_arch(
     params: Params, images: Array, config: ViTConfig, space: ArchSpace, arch: Arch
-) -> Array:
-    """Logits [B, C] of one genome, doing only the work that the sub-network needs.
+) -> Outputs:
+    """Forward pass of one genome that does only the work the sub-network needs.
+
+    Heads and neurons are cut into the largest equal groups that every choice is a multiple
+    of, and a group that the genome leaves out is skipped by `lax.cond`. So one small program
+    serves every genome of a search.
 
     Args:
       params: from `init`.
       images: [B, height, width, channels].
       config: static sizes.
-      space: the choices; one switch branch per head choice and per neuron choice.
-      arch: depth [], heads [L], neurons [L]. Not batched: under `vmap` a switch would run
-        every branch; loop over genomes with `lax.map`, or vmap `apply` with masks.
+      space: the choices, which fix the groups.
+      arch: depth [], heads [L], neurons [L]. Not batched: under `vmap` nothing would be
+        skipped; loop over genomes with `lax.map`, or vmap `apply` with masks.
+
+    Returns:
+      Outputs; `inputs` of a block that is not kept repeat the next kept block's.
     """
-    head_size = config.dims.head_size
-    tokens = embed(params, images, config)
-
-    # Each half of a block switches on its own choice: the number of branches is the sum
-    # of the numbers of choices, not their product.
-    def attention_branch(heads: int) -> Callable[[Params, Array], Array]:
-        half = Attention(heads, head_size)
-        return lambda w, v: v + half.apply({"params": prefix_attention(w, heads)}, v)
-
-    def mlp_branch(neurons: int) -> Callable[[Params, Array], Array]:
-        half = Mlp(neurons)
-        return lambda w, v: v + half.apply({"params": prefix_mlp(w, neurons)}, v)
-
-    attention_branches = [attention_branch(h) for h in space.head_choices]
-    mlp_branches = [mlp_branch(f) for f in space.neuron_choices]
-    head_choices = jnp.asarray(space.head_choices)
-    neuron_choices = jnp.asarray(space.neuron_choices)
-
-    def layer(x: Array, xs: tuple[Params, Array, Array, Array]) -> tuple[Array, None]:
-        weights, kept, heads, neurons = xs
-        head_index = jnp.searchsorted(head_choices, heads)
-        neuron_index = jnp.searchsorted(neuron_choices, neurons)
-
-        def run(v: Array) -> Array:
-            v = lax.switch(head_index, attention_branches, weights["attention"], v)
-            return lax.switch(neuron_index, mlp_branches, weights["mlp"], v)
-
-        return lax.cond(kept, run, lambda v: v, x), None
-
+    head_group = math.gcd(config.num_heads, *space.head_choices)
+    neuron_group = math.gcd(config.num_neurons, *space.neuron_choices)
+    groups = _group(params["blocks"], head_group, neuron_group)
     keep = keep_mask(config.num_layers, arch.depth) > 0
-    final, _ = lax.scan(layer, tokens, (params["blocks"], keep, arch.heads, arch.neurons))
-    return classify(params, final)
+
+    def add_groups(part: GroupFn, weights: Params, y: Array, count: Array) -> Array:
+        number = jax.tree.leaves(weights)[0].shape[0]
+
+        def add(total: Array, xs: tuple[Params, Array]) -> tuple[Array, None]:
+            group, active = xs
+            return lax.cond(active, lambda t: t + part(group, y), lambda t: t, total), None
+
+        total, _ = lax.scan(add, jnp.zeros_like(y), (weights, jnp.arange(number) < count))
+        return total
+
+    def layer(
+        x: Array, xs: tuple[_Groups, Array, Array, Array]
+    ) -> tuple[Array, Array]:
+        block, kept, heads, neurons = xs
+        scale = kept.astype(x.dtype)
+        y = layer_norm(block.attention["norm"], x)
+        attention = add_groups(attention_heads, block.heads, y, kept * heads // head_group)
+        middle = x + attention + scale * block.attention["out_bias"][None, None]
+        y = layer_norm(block.mlp["norm"], middle)
+        mlp = add_groups(mlp_neurons, block.neurons, y, kept * neurons // neuron_group)
+        return middle + mlp + scale * block.mlp["down_bias"][None, None], x
+
+    tokens = embed(params, images, config)
+    final, inputs = lax.scan(layer, tokens, (groups, keep, arch.heads, arch.neurons))
+    return Outputs(classify(params, final), inputs, final)

@@ -32,7 +32,7 @@ from acme_jax.progress import Reporter, stop_on_signals
 from acme_jax.results import finish
 from acme_jax.run_dir import RunDirectory
 from acme_jax.session import Session
-from acme_jax.vit import Params
+from acme_jax.vit import Params, layer_norm
 from fed.clients import stack_clients
 
 FEATURE_BATCH = 500
@@ -125,7 +125,7 @@ def cloud_tier(context: Context, clusters: list[ClusterProfile]) -> Cloud:
         context,
         "reference model",
         config.reference,
-        distill.reference_grad(vit),
+        phases.compiled_epoch(context, distill.reference_grad(vit), config.reference),
         Stream.REFERENCE,
         supernet.init(context.stream(Stream.INIT), vit),
     )
@@ -133,23 +133,27 @@ def cloud_tier(context: Context, clusters: list[ClusterProfile]) -> Cloud:
         measure = jax.jit(cloud.measure_importance, static_argnums=3)
         order = measure(reference, public.select_images, public.select_labels, vit)
         reference = cloud.reorder(reference, order)
+    space = context.space
+    grad_fn = distill.distillation_grad(vit, space, config.distill.depths_per_step)
+    # One program for both distillation phases: they differ in traced values only.
+    epoch = phases.compiled_epoch(context, grad_fn, config.distill.depth)
     width_adaptive = phases.train(
         context,
         "width distillation",
-        config.width,
-        distill.distillation_grad(vit, context.space, config.width, elastic_depth=False),
+        config.distill.width,
+        epoch,
         Stream.WIDTH,
         reference,
-        teacher=reference,
+        distill.width_lesson(space, reference, config.distill.width),
     )
     elastic = phases.train(
         context,
         "depth distillation",
-        config.depth,
-        distill.distillation_grad(vit, context.space, config.depth, elastic_depth=True),
+        config.distill.depth,
+        epoch,
         Stream.DEPTH,
         width_adaptive,
-        teacher=width_adaptive,
+        distill.depth_lesson(space, width_adaptive, config.distill.depth),
     )
     limits = [float(np.min(c.limits)) - context.header_reserve_bytes for c in clusters]
     search = phases.search(context, elastic, max(limits))
@@ -232,7 +236,7 @@ def compute_features(
 
 def _features_of(backbone: Params, images: Array, vit: Any) -> tuple[Array, Array]:
     final = slicing.final_state(backbone, images, vit)
-    return final[:, 1:], supernet.normalise(backbone, final[:, 0])
+    return final[:, 1:], layer_norm(backbone["norm"], final[:, 0])
 
 
 _features = jax.jit(_features_of, static_argnums=2)

@@ -21,7 +21,7 @@ from acme_jax.layout import AXIS, divide_mesh
 from acme_jax.vit import Params
 
 GradFn = Callable[[Array, Params, Any, Array, Array], tuple[dict[str, Array], Params]]
-"""(key, params, teacher, images [b, ...], labels [b]) -> (metrics, gradients), means over b.
+"""(key, params, lesson, images [b, ...], labels [b]) -> (metrics, gradients), means over b.
 
 The key is the step's, the same for all parts of its batch."""
 
@@ -32,6 +32,15 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     epoch: Array  # [] int32, epochs done
+
+
+class Schedule(NamedTuple):
+    """The learning rate of a phase. Traced, so that phases can share a program."""
+
+    peak: Array  # []
+    warmup: Array  # [] steps
+    total: Array  # [] steps
+    weight_decay: Array  # [], decoupled (AdamW)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -56,21 +65,32 @@ def steps_per_epoch(num_samples: int, config: TrainConfig) -> int:
     return num_samples // config.batch_size
 
 
-def make_optimizer(config: TrainConfig, num_samples: int) -> optax.GradientTransformation:
-    """AdamW, linear warm-up then linear decay to zero, clipped by global norm."""
+def make_schedule(config: TrainConfig, num_samples: int) -> Schedule:
+    """The learning rate's course over a phase of `config.epochs` epochs."""
     total = config.epochs * steps_per_epoch(num_samples, config)
-    warmup = int(total * config.warmup_fraction)
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, config.learning_rate, max(warmup, 1)),
-            optax.linear_schedule(config.learning_rate, 0.0, max(total - warmup, 1)),
-        ],
-        [warmup],
+    return Schedule(
+        jnp.float32(config.learning_rate),
+        jnp.float32(int(total * config.warmup_fraction)),
+        jnp.float32(total),
+        jnp.float32(config.weight_decay),
     )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, weight_decay=config.weight_decay),
-    )
+
+
+def learning_rate(schedule: Schedule, step: Array) -> Array:
+    """Linear from 0 to the peak, then linear to 0, where it stays; `step` counts from 0."""
+    rising = step / jnp.maximum(schedule.warmup, 1.0)
+    rest = jnp.maximum(schedule.total - schedule.warmup, 1.0)
+    falling = jnp.maximum(1.0 - (step - schedule.warmup) / rest, 0.0)
+    return schedule.peak * jnp.where(step < schedule.warmup, rising, falling)
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Adam's direction after clipping by global norm; rate and decay come from the schedule.
+
+    All parameters as one vector, because every leaf of its own would add to compile time.
+    """
+    adam = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.scale_by_adam())
+    return optax.flatten(adam)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -93,22 +113,25 @@ def random_shift(key: Array, images: Array, max_shift: int) -> Array:
 
 
 def make_epoch(
-    grad_fn: GradFn, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
-) -> Callable[[Array, TrainState, Any, Array, Array], tuple[TrainState, dict[str, Array]]]:
-    """Builds `epoch(key, state, teacher, images, labels) -> (state, metrics)`, not jitted.
+    grad_fn: GradFn, config: TrainConfig, mesh: Mesh
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Builds `epoch(key, state, lesson, schedule, images, labels) -> (state, metrics)`.
 
-    `key` is the phase's key, the same for every epoch: each epoch draws from
-    `fold_in(key, state.epoch)`. Images are [N, height, width, channels], labels [N];
-    metrics are [steps].
+    Not jitted. `key` is the phase's key, the same for every epoch: each epoch draws from
+    `fold_in(key, state.epoch)`. `lesson` is what `grad_fn` takes. Images are
+    [N, height, width, channels], labels [N]; metrics are [steps]. Of the configuration only
+    batch_size, shards, max_shift and clip_norm are read, so phases that agree in those (and
+    in `grad_fn`) can share one compiled program.
     """
-    shards = config.shards
+    shards, batch_size = config.shards, config.batch_size
     mesh = divide_mesh(mesh, shards)
+    optimizer = make_optimizer(config)
 
     def sharded_grad(
-        key: Array, params: Params, teacher: Any, images: Array, labels: Array
+        key: Array, params: Params, lesson: Any, images: Array, labels: Array
     ) -> tuple[dict[str, Array], Params]:
         # images [shards of this device, b, ...]; every device ends with the same sum.
-        parts = lax.map(lambda part: grad_fn(key, params, teacher, *part), (images, labels))
+        parts = lax.map(lambda part: grad_fn(key, params, lesson, *part), (images, labels))
         gathered = jax.tree.map(lambda leaf: lax.all_gather(leaf, AXIS, tiled=True), parts)
         return jax.tree.map(lambda leaf: _ordered_mean(leaf, shards), gathered)
 
@@ -123,12 +146,17 @@ def make_epoch(
     )
 
     def epoch(
-        key: Array, state: TrainState, teacher: Any, images: Array, labels: Array
+        key: Array,
+        state: TrainState,
+        lesson: Any,
+        schedule: Schedule,
+        images: Array,
+        labels: Array,
     ) -> tuple[TrainState, dict[str, Array]]:
         num_steps = steps_per_epoch(images.shape[0], config)
         order_key, step_key = jax.random.split(jax.random.fold_in(key, state.epoch))
         order = jax.random.permutation(order_key, images.shape[0])
-        order = order[: num_steps * config.batch_size].reshape(num_steps, config.batch_size)
+        order = order[: num_steps * batch_size].reshape(num_steps, batch_size)
 
         def step(
             carry: tuple[Params, optax.OptState], xs: tuple[Array, Array]
@@ -139,9 +167,12 @@ def make_epoch(
             batch = random_shift(shift_key, images[indices], config.max_shift)
             batch = batch.reshape(shards, -1, *images.shape[1:])
             batch_labels = labels[indices].reshape(shards, -1)
-            metrics, grads = batch_grad(grad_key, params, teacher, batch, batch_labels)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), metrics
+            metrics, grads = batch_grad(grad_key, params, lesson, batch, batch_labels)
+            direction, opt_state = optimizer.update(grads, opt_state, params)
+            rate = learning_rate(schedule, state.epoch * num_steps + index)
+            decay = schedule.weight_decay
+            params = jax.tree.map(lambda p, d: p - rate * (d + decay * p), params, direction)
+            return (params, opt_state), metrics
 
         (params, opt_state), metrics = lax.scan(
             step, (state.params, state.opt_state), (order, jnp.arange(num_steps))

@@ -54,12 +54,56 @@ class ViTConfig:
 _dense_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
-class Attention(nn.Module):
-    """The attention half of a pre-LN block (without the residual).
+def layer_norm(weights: Params, x: Array) -> Array:
+    """LayerNorm of Flax over the last axis with given `scale` and `bias`."""
+    normed: Array = nn.LayerNorm().apply({"params": weights}, x)
+    return normed
 
-    Query, key and value share one kernel [D, 3, H, K]: one matmul on the hot path, and a
-    prefix of heads is one slice.
+
+def attention_heads(weights: Params, y: Array, head_mask: Array | None = None) -> Array:
+    """What some heads add to the residual stream, without the output bias.
+
+    Query, key and value share one kernel: one matmul on the hot path.
+
+    Args:
+      weights: qkv_kernel [D, 3, H, K], qkv_bias [3, H, K], out_kernel [H, K, D] of any
+        number of heads; contributions of disjoint heads add up.
+      y: normalised hidden states [B, T, D].
+      head_mask: [H], scales each head.
     """
+    batch, tokens, embed = y.shape
+    heads, size = weights["out_kernel"].shape[:2]
+    # Explicit batched matmuls: much faster on CPU than multiply-and-sum attention.
+    qkv = y.reshape(batch * tokens, embed) @ weights["qkv_kernel"].reshape(embed, -1)
+    qkv = qkv.reshape(batch, tokens, 3, heads, size) + weights["qkv_bias"][None, None]
+    query, key, value = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
+    scores = jnp.matmul(query * size**-0.5, key.transpose(0, 1, 3, 2))
+    context = jnp.matmul(nn.softmax(scores), value)
+    if head_mask is not None:
+        # Scaling the context equals scaling the probabilities (ACME's xi).
+        context = context * head_mask[None, :, None, None]
+    context = context.transpose(0, 2, 1, 3).reshape(batch * tokens, heads * size)
+    return (context @ weights["out_kernel"].reshape(-1, embed)).reshape(y.shape)
+
+
+def mlp_neurons(weights: Params, y: Array, neuron_mask: Array | None = None) -> Array:
+    """What some neurons add to the residual stream, without the output bias.
+
+    Args:
+      weights: up_kernel [D, F], up_bias [F], down_kernel [F, D] of any number of neurons;
+        contributions of disjoint neurons add up.
+      y: normalised hidden states [B, T, D].
+      neuron_mask: [F], scales each activation.
+    """
+    flat = y.reshape(-1, y.shape[-1])
+    hidden = nn.gelu(flat @ weights["up_kernel"] + weights["up_bias"][None], approximate=False)
+    if neuron_mask is not None:
+        hidden = hidden * neuron_mask[None]
+    return (hidden @ weights["down_kernel"]).reshape(y.shape)
+
+
+class Attention(nn.Module):
+    """The attention half of a pre-LN block (without the residual)."""
 
     num_heads: int
     head_size: int
@@ -67,32 +111,21 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, head_mask: Array | None = None) -> Array:
         """Maps [B, T, D] to [B, T, D]; `head_mask` [H] scales each head's output."""
-        batch, tokens, embed = x.shape
-        heads, size = self.num_heads, self.head_size
+        embed, heads, size = x.shape[-1], self.num_heads, self.head_size
         qkv_init = nn.initializers.variance_scaling(
             1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=(1, 2, 3)
         )
         out_init = nn.initializers.variance_scaling(
             1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2
         )
-        qkv_kernel = self.param("qkv_kernel", qkv_init, (embed, 3, heads, size))
-        qkv_bias = self.param("qkv_bias", nn.initializers.zeros, (3, heads, size))
-        out_kernel = self.param("out_kernel", out_init, (heads, size, embed))
+        weights = {
+            "qkv_kernel": self.param("qkv_kernel", qkv_init, (embed, 3, heads, size)),
+            "qkv_bias": self.param("qkv_bias", nn.initializers.zeros, (3, heads, size)),
+            "out_kernel": self.param("out_kernel", out_init, (heads, size, embed)),
+        }
         out_bias = self.param("out_bias", nn.initializers.zeros, (embed,))
-
-        # Explicit batched matmuls: much faster on CPU than multiply-and-sum attention.
-        y = nn.LayerNorm(name="norm")(x).reshape(batch * tokens, embed)
-        qkv = (y @ qkv_kernel.reshape(embed, -1)).reshape(batch, tokens, 3, heads, size)
-        qkv = qkv + qkv_bias[None, None]
-        query, key, value = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
-        scores = jnp.matmul(query * size**-0.5, key.transpose(0, 1, 3, 2))
-        context = jnp.matmul(nn.softmax(scores), value)
-        if head_mask is not None:
-            # Scaling the context equals scaling the probabilities (ACME's xi).
-            context = context * head_mask[None, :, None, None]
-        context = context.transpose(0, 2, 1, 3).reshape(batch * tokens, heads * size)
-        y = context @ out_kernel.reshape(heads * size, embed) + out_bias[None]
-        return y.reshape(batch, tokens, embed)
+        y = nn.LayerNorm(name="norm")(x)
+        return attention_heads(weights, y, head_mask) + out_bias[None, None]
 
 
 class Mlp(nn.Module):
@@ -103,17 +136,15 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array, neuron_mask: Array | None = None) -> Array:
         """Maps [B, T, D] to [B, T, D]; `neuron_mask` [F] scales each activation."""
-        batch, tokens, embed = x.shape
-        up_kernel = self.param("up_kernel", _dense_init, (embed, self.num_neurons))
-        up_bias = self.param("up_bias", nn.initializers.zeros, (self.num_neurons,))
-        down_kernel = self.param("down_kernel", _dense_init, (self.num_neurons, embed))
+        embed, neurons = x.shape[-1], self.num_neurons
+        weights = {
+            "up_kernel": self.param("up_kernel", _dense_init, (embed, neurons)),
+            "up_bias": self.param("up_bias", nn.initializers.zeros, (neurons,)),
+            "down_kernel": self.param("down_kernel", _dense_init, (neurons, embed)),
+        }
         down_bias = self.param("down_bias", nn.initializers.zeros, (embed,))
-
-        y = nn.LayerNorm(name="norm")(x).reshape(batch * tokens, embed)
-        hidden = nn.gelu(y @ up_kernel + up_bias[None], approximate=False)
-        if neuron_mask is not None:
-            hidden = hidden * neuron_mask[None]
-        return (hidden @ down_kernel + down_bias[None]).reshape(batch, tokens, embed)
+        y = nn.LayerNorm(name="norm")(x)
+        return mlp_neurons(weights, y, neuron_mask) + down_bias[None, None]
 
 
 class Block(nn.Module):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +15,10 @@ from acme_jax import distill, supernet
 from acme_jax.config import TrainConfig
 from nas.arch import to_mask
 
-CONFIG = tiny.CONFIG
-# Two widths, because each is a program of its own to compile; depths cost nothing.
-SPACE = dataclasses.replace(tiny.SPACE, head_choices=(2, 4), neuron_choices=(4, 8))
+CONFIG, SPACE = tiny.CONFIG, tiny.SPACE
 PARAMS, TEACHER = tiny.make_params(seed=0), tiny.make_params(seed=1)
 IMAGES, LABELS = tiny.make_images(4)
-TRAIN = TrainConfig(logit_loss=0.7, hidden_loss=0.3, depths_per_step=4)
+TRAIN = TrainConfig(logit_loss=0.7, hidden_loss=0.3)
 KEY = jax.random.key(0)
 
 
@@ -63,11 +62,9 @@ def test_hidden_state_loss_compares_equal_indices_and_the_final_states(depth):
 
 
 def test_reference_gradient_is_the_smoothed_cross_entropys():
-    metrics, grads = jax.jit(distill.reference_grad(CONFIG, label_smoothing=0.2))(
-        KEY, PARAMS, None, IMAGES, LABELS
-    )
+    metrics, grads = jax.jit(distill.reference_grad(CONFIG))(KEY, PARAMS, None, IMAGES, LABELS)
     params64 = tiny.to_float64(PARAMS)
-    targets = 0.8 * np.eye(3)[np.asarray(LABELS)] + 0.2 / 3
+    targets = 0.9 * np.eye(3)[np.asarray(LABELS)] + 0.1 / 3
 
     def loss(params):
         logits = tiny.numpy_vit(params, IMAGES, CONFIG)[0]
@@ -127,8 +124,15 @@ def total(pairs, same_width=True):
     return np.mean(losses), jax.tree.map(lambda *leaves: sum(leaves), *grads)
 
 
-def make(train=TRAIN, elastic_depth=True):
-    return distill.distillation_grad(CONFIG, SPACE, train, elastic_depth=elastic_depth)
+WIDTH = distill.width_lesson(SPACE, TEACHER, TRAIN)
+DEPTH = distill.depth_lesson(SPACE, TEACHER, TRAIN)
+
+
+@functools.cache
+def make(depths_per_step):
+    """Jitted; one program for both lessons."""
+    grad_fn = distill.distillation_grad(CONFIG, SPACE, depths_per_step)
+    return jax.jit(chex.assert_max_traces(grad_fn, n=1))
 
 
 def assert_gradients_close(actual, expected):
@@ -137,55 +141,48 @@ def assert_gradients_close(actual, expected):
 
 
 def test_width_phase_sums_all_widths_at_full_depth_under_the_full_teacher():
-    grad_fn = jax.jit(make(elastic_depth=False))
-    metrics, grads = grad_fn(KEY, PARAMS, TEACHER, IMAGES, LABELS)
+    metrics, grads = make(1)(KEY, PARAMS, WIDTH, IMAGES, LABELS)
     loss, expected = total([(width, 4) for width in SPACE.widths], same_width=False)
     close(metrics["loss"], loss)
     assert_gradients_close(grads, expected)
 
 
 def test_depth_phase_sums_all_sub_networks_under_the_teacher_of_their_width():
-    metrics, grads = jax.jit(make())(KEY, PARAMS, TEACHER, IMAGES, LABELS)
+    metrics, grads = make(4)(KEY, PARAMS, DEPTH, IMAGES, LABELS)
     loss, expected = total(itertools.product(SPACE.widths, SPACE.depth_choices))
     close(metrics["loss"], loss)
     assert_gradients_close(grads, expected)
 
 
-def test_more_depths_than_there_are_means_all():
-    arguments = (KEY, PARAMS, TEACHER, IMAGES, LABELS)
-    plain, more, fewer = (
-        str(jax.make_jaxpr(make(dataclasses.replace(TRAIN, depths_per_step=n)))(*arguments))
-        for n in (4, 9, 3)
-    )
-    assert more == plain != fewer
+def test_both_lessons_run_the_same_program():
+    """`make` allows one trace."""
+    losses = [make(1)(KEY, PARAMS, lesson, IMAGES, LABELS)[0]["loss"] for lesson in (WIDTH, DEPTH)]
+    assert losses[0] != losses[1]
 
 
 def test_fewer_depths_draw_latin_assignments_that_are_fair_in_the_long_run():
-    """Every step trains each width once, at depths that differ; all pairs equally often.
+    """Every step trains each width once, all depths take part, and all pairs equally often.
 
     The expected gradient is then that of all sub-networks, divided by the number of depths.
     """
     num = 200
-    train = dataclasses.replace(TRAIN, depths_per_step=1)
-    grad_fn = make(train)
+    results = [
+        make(1)(key, PARAMS, DEPTH, IMAGES, LABELS)
+        for key in jax.random.split(jax.random.key(5), num)
+    ]
+    losses = [metrics["loss"] for metrics, _ in results]
+    grads = np.stack([tree["position"] for _, tree in results])
 
-    def one(key):
-        metrics, grads = grad_fn(key, PARAMS, TEACHER, IMAGES, LABELS)
-        return metrics["loss"], grads["position"]
-
-    keys = jax.random.split(jax.random.key(5), num)
-    losses, grads = jax.tree.map(np.asarray, jax.jit(lambda k: jax.lax.map(one, k))(keys))
-
-    assignments = list(itertools.product(SPACE.depth_choices, repeat=2))
+    assignments = list(itertools.product(SPACE.depth_choices, repeat=4))
     pairs = [list(zip(SPACE.widths, depths, strict=True)) for depths in assignments]
-    sums = np.stack([sum(single(*pair)[1]["position"] for pair in two) for two in pairs])
+    sums = np.stack([sum(single(*pair)[1]["position"] for pair in four) for four in pairs])
     distance = np.abs(grads[:, None] - sums[None]).max(axis=(2, 3))  # [num, assignments]
     found = distance.argmin(axis=1)
     assert distance.min(axis=1).max() < 1e-4 * np.abs(sums).max()
     assert np.sort(distance, axis=1)[:, 1].min() > 1e-3 * np.abs(sums).max()  # no confusion
     count = dict.fromkeys(itertools.product(SPACE.widths, SPACE.depth_choices), 0)
     for index, loss in zip(found, losses, strict=True):
-        assert assignments[index][0] != assignments[index][1]
+        assert sorted(assignments[index]) == [1, 2, 3, 4]
         close(loss, total(pairs[index])[0], rtol=1e-4)
         for pair in pairs[index]:
             count[pair] += 1
@@ -195,7 +192,8 @@ def test_fewer_depths_draw_latin_assignments_that_are_fair_in_the_long_run():
 
 def test_a_student_equal_to_its_teacher_stays_where_it_is():
     space = dataclasses.replace(SPACE, depth_choices=(4,), head_choices=(4,), neuron_choices=(8,))
-    grad_fn = jax.jit(distill.distillation_grad(CONFIG, space, TRAIN, elastic_depth=True))
-    _, grads = grad_fn(KEY, PARAMS, PARAMS, IMAGES, LABELS)
+    grad_fn = jax.jit(distill.distillation_grad(CONFIG, space, 1))
+    lesson = distill.depth_lesson(space, PARAMS, TRAIN)
+    _, grads = grad_fn(KEY, PARAMS, lesson, IMAGES, LABELS)
     for leaf in jax.tree.leaves(grads):
         close(leaf, 0.0, atol=1e-6)

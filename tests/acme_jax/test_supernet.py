@@ -12,7 +12,7 @@ import tiny
 
 from acme_jax import supernet
 from acme_jax.vit import ViTConfig
-from nas.arch import ArchMask, keep_mask, to_mask
+from nas.arch import ArchMask, to_mask
 
 CONFIG, SPACE = tiny.CONFIG, tiny.SPACE
 PARAMS = tiny.make_params()
@@ -23,12 +23,6 @@ INDICES = range(len(tiny.GENOMES))
 full = jax.jit(lambda: supernet.apply(PARAMS, IMAGES, CONFIG))
 masked = jax.jit(lambda mask: supernet.apply(PARAMS, IMAGES, CONFIG, mask))
 by_arch = jax.jit(lambda arch: supernet.apply_arch(PARAMS, IMAGES, CONFIG, SPACE, arch))
-by_width = jax.jit(
-    lambda heads, neurons, keep: supernet.apply_width(
-        PARAMS, IMAGES, CONFIG, heads, neurons, keep
-    ),
-    static_argnums=(0, 1),
-)
 
 
 @functools.cache
@@ -62,8 +56,12 @@ def test_masked_network_and_its_hidden_states_equal_numpy(index):
 
 
 @pytest.mark.parametrize("index", INDICES)
-def test_dense_switched_network_equals_numpy(index):
-    close(by_arch(tiny.GENOMES[index]), reference(index)[1][0])
+def test_dense_network_and_its_hidden_states_equal_numpy(index):
+    layers, (logits, inputs, final) = reference(index)
+    outputs = by_arch(tiny.GENOMES[index])
+    close(outputs.logits, logits)
+    close(outputs.inputs[np.asarray(layers)], inputs)
+    close(outputs.final, final)
 
 
 def test_the_compared_genomes_really_differ():
@@ -73,33 +71,30 @@ def test_the_compared_genomes_really_differ():
             assert np.abs(logits[i] - logits[j]).max() > 1e-2
 
 
-def test_dense_switched_network_equals_masked_for_random_genomes():
+def test_dense_network_equals_masked_for_random_genomes():
     for arch in tiny.random_genomes(12, seed=3):
-        close(by_arch(arch), masked(to_mask(SPACE, arch)).logits)
+        jax.tree.map(close, by_arch(arch), masked(to_mask(SPACE, arch)))
 
 
-def test_repeated_choices_are_no_obstacle():
-    """Small networks round several fractions to the same number."""
-    space = dataclasses.replace(SPACE, head_choices=(1, 1, 2, 4), neuron_choices=(2, 2, 2, 8))
-    arch = tiny.genome(3, [1, 2, 4, 4], [2, 8, 2, 8])
-    logits = jax.jit(lambda a: supernet.apply_arch(PARAMS, IMAGES, CONFIG, space, a))(arch)
-    close(logits, masked(to_mask(space, arch)).logits)
-
-
-@pytest.mark.parametrize(("heads", "neurons"), tiny.WIDTHS)
-@pytest.mark.parametrize("depth", [4, 3, 1])
-def test_training_form_equals_masked(heads, neurons, depth):
-    mask = to_mask(SPACE, tiny.genome(depth, [heads] * 4, [neurons] * 4))
-    expected = masked(mask)
-    actual = by_width(heads, neurons, mask.block > 0)
-    jax.tree.map(close, actual, expected)
+@pytest.mark.parametrize(
+    ("head_choices", "neuron_choices"),
+    [((1, 1, 2, 4), (2, 2, 2, 8)), ((2, 4), (8,)), ((4,), (3, 8)), ((2, 3), (4, 6))],
+)
+def test_any_choices_will_do(head_choices, neuron_choices):
+    """Repeated ones, single ones, ones without a common divisor or without the full size."""
+    space = dataclasses.replace(SPACE, head_choices=head_choices, neuron_choices=neuron_choices)
+    rng = np.random.default_rng(0)
+    run = jax.jit(lambda a: supernet.apply_arch(PARAMS, IMAGES, CONFIG, space, a))
+    for depth in (3, 4):
+        arch = tiny.genome(depth, rng.choice(head_choices, 4), rng.choice(neuron_choices, 4))
+        jax.tree.map(close, run(arch), masked(to_mask(space, arch)))
 
 
 def test_a_dropped_block_hands_its_input_on_unchanged():
     mask = to_mask(SPACE, tiny.GENOMES[3])
     dropped = np.flatnonzero(mask.block == 0)
     assert list(dropped) == [1, 3]
-    for outputs in (masked(mask), by_width(4, 8, mask.block > 0)):
+    for outputs in (masked(mask), by_arch(tiny.GENOMES[3])):
         after = jnp.concatenate([outputs.inputs, outputs.final[None]])[1:]
         np.testing.assert_array_equal(after[dropped], outputs.inputs[dropped])
 
@@ -133,34 +128,32 @@ def test_relaxed_block_and_neuron_masks_scale():
     close(half.final, 0.5 * (full().inputs[3] + full().final))
 
 
-@jax.jit
-def gradients(mask):
+def gradients(forward):
     def loss(params):
-        outputs = supernet.apply(params, IMAGES, CONFIG, mask)
+        outputs = forward(params)
         return jnp.sum(jnp.sin(outputs.logits)) + jnp.sum(jnp.cos(outputs.final))
 
-    return jax.grad(loss)(PARAMS)
+    return jax.grad(loss)(PARAMS)["blocks"]
+
+
+@jax.jit
+def masked_gradients(mask):
+    return gradients(lambda params: supernet.apply(params, IMAGES, CONFIG, mask))
+
+
+@jax.jit
+def dense_gradients(arch):
+    return gradients(lambda params: supernet.apply_arch(params, IMAGES, CONFIG, SPACE, arch))
 
 
 @pytest.mark.parametrize("index", INDICES)
 def test_gradients_outside_the_mask_are_exactly_zero_and_inside_are_not(index):
     arch = tiny.GENOMES[index]
-    check_gradients(gradients(to_mask(SPACE, arch))["blocks"], arch)
-
-
-def test_gradients_of_the_training_form_stay_inside_its_sub_network():
-    arch = tiny.genome(2, [3] * 4, [6] * 4)
-    keep = keep_mask(4, arch.depth) > 0
-
-    def loss(params):
-        outputs = supernet.apply_width(params, IMAGES, CONFIG, 3, 6, keep)
-        return jnp.sum(jnp.sin(outputs.logits)) + jnp.sum(jnp.cos(outputs.final))
-
-    grads = jax.jit(jax.grad(loss))(PARAMS)["blocks"]
+    grads = masked_gradients(to_mask(SPACE, arch))
     check_gradients(grads, arch)
-    tiny.assert_trees_close(
-        grads, gradients(to_mask(SPACE, arch))["blocks"], atol=1e-4, rtol=1e-4
-    )
+    dense = dense_gradients(arch)
+    check_gradients(dense, arch)
+    tiny.assert_trees_close(dense, grads, atol=1e-4, rtol=1e-4)
 
 
 def check_gradients(blocks, arch):
@@ -196,16 +189,14 @@ def test_vmapped_masks_equal_a_loop():
     together = jax.jit(jax.vmap(lambda m: supernet.apply(PARAMS, IMAGES, CONFIG, m)))(masks)
     for index in INDICES:
         alone = masked(jax.tree.map(lambda leaf, i=index: leaf[i], masks))
-        jax.tree.map(
-            lambda a, b, i=index: close(a[i], b), together, alone
-        )
+        jax.tree.map(lambda a, b, i=index: close(a[i], b), together, alone)
 
 
 def test_one_trace_serves_all_genomes():
     @jax.jit
     @chex.assert_max_traces(n=1)
     def both(arch):
-        dense = supernet.apply_arch(PARAMS, IMAGES, CONFIG, SPACE, arch)
+        dense = supernet.apply_arch(PARAMS, IMAGES, CONFIG, SPACE, arch).logits
         mask = to_mask(SPACE, arch)
         return dense, supernet.apply(PARAMS, IMAGES, CONFIG, mask).logits
 
@@ -214,29 +205,20 @@ def test_one_trace_serves_all_genomes():
         close(dense, wide)
 
 
-def test_one_trace_of_the_training_form_serves_all_depths():
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def run(keep):
-        return supernet.apply_width(PARAMS, IMAGES, CONFIG, 2, 4, keep).logits
-
-    results = [np.asarray(run(keep_mask(4, jnp.int32(d)) > 0)) for d in (1, 2, 3, 4)]
-    assert len({r.tobytes() for r in results}) == 4
-
-
 def num_equations(jaxpr):
     total = 0
     for equation in jaxpr.eqns:
         total += 1
         for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+            list(equation.params.values()),
+            is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr"),
         ):
             inner = getattr(value, "jaxpr", value)
             total += num_equations(inner) if hasattr(inner, "eqns") else 0
     return total
 
 
-@pytest.mark.parametrize("form", ["full", "masked", "arch", "width", "gradient"])
+@pytest.mark.parametrize("form", ["full", "masked", "arch", "gradient"])
 def test_the_program_does_not_grow_with_depth(form):
     def size(num_layers):
         config = dataclasses.replace(CONFIG, num_layers=num_layers)
@@ -248,8 +230,9 @@ def test_the_program_does_not_grow_with_depth(form):
             "full": lambda p: supernet.apply(p, IMAGES, config),
             "masked": lambda p: supernet.apply(p, IMAGES, config, mask),
             "arch": lambda p: supernet.apply_arch(p, IMAGES, config, space, arch),
-            "width": lambda p: supernet.apply_width(p, IMAGES, config, 2, 4, mask.block > 0),
-            "gradient": jax.grad(lambda p: supernet.apply(p, IMAGES, config, mask).logits.sum()),
+            "gradient": jax.grad(
+                lambda p: supernet.apply_arch(p, IMAGES, config, space, arch).logits.sum()
+            ),
         }
         return num_equations(jax.make_jaxpr(forms[form])(params).jaxpr)
 

@@ -29,9 +29,9 @@ SEEN = jnp.arange(NUM, dtype=jnp.int32)  # as labels: which samples a batch hold
 KEY = jax.random.key(3)
 
 
-def linear_grad(key, params, teacher, images, labels):
+def linear_grad(key, params, lesson, images, labels):
     """Mean square error of a linear model; reports which samples were seen."""
-    del key, teacher
+    del key, lesson
 
     def loss_fn(params):
         outputs = images.reshape(images.shape[0], -1) @ params["w"]
@@ -49,19 +49,23 @@ START = {"w": jnp.asarray([0.5, -1.0, 2.0, 0.3])}
 
 
 @functools.cache  # compiling an epoch takes seconds
-def make(config=CONFIG, grad_fn=linear_grad, num_devices=1, num=NUM):
-    optimizer = training.make_optimizer(config, num)
-    mesh = layout.make_mesh(num_devices)
-    return optimizer, jax.jit(training.make_epoch(grad_fn, optimizer, config, mesh))
+def make(config=CONFIG, grad_fn=linear_grad, num_devices=1):
+    return jax.jit(training.make_epoch(grad_fn, config, layout.make_mesh(num_devices)))
+
+
+def start_state(config, start, num_devices=1):
+    mesh = layout.divide_mesh(layout.make_mesh(num_devices), config.shards)
+    return layout.replicate(training.init_state(start, training.make_optimizer(config)), mesh)
 
 
 def run(config=CONFIG, grad_fn=linear_grad, num_devices=1, epochs=1, start=START, data=None):
     """The states after every epoch, and the metrics of each."""
     images, labels = (IMAGES, SEEN) if data is None else data
-    optimizer, epoch = make(config, grad_fn, num_devices, images.shape[0])
-    state, states, history = training.init_state(start, optimizer), [], []
+    epoch = make(config, grad_fn, num_devices)
+    schedule = training.make_schedule(config, images.shape[0])
+    state, states, history = start_state(config, start, num_devices), [], []
     for _ in range(epochs):
-        state, metrics = epoch(KEY, state, START, images, labels)
+        state, metrics = epoch(KEY, state, None, schedule, images, labels)
         states.append(jax.tree.map(np.asarray, state))
         history.append(jax.tree.map(np.asarray, metrics))
     return states, history
@@ -106,8 +110,9 @@ def test_an_epoch_visits_every_sample_once_in_a_new_order(batch_size):
 def test_the_epoch_number_and_not_the_call_decides_the_order():
     """So a resumed run goes on as the uninterrupted one did."""
     states, history = run(epochs=2)
-    saved = jax.tree.map(jnp.asarray, states[0])
-    state, metrics = make()[1](KEY, saved, START, IMAGES, SEEN)
+    saved = layout.replicate(states[0], layout.make_mesh(1))
+    schedule = training.make_schedule(CONFIG, NUM)
+    state, metrics = make()(KEY, saved, None, schedule, IMAGES, SEEN)
     tiny.assert_trees_equal(jax.tree.map(np.asarray, state), states[1])
     tiny.assert_trees_equal(jax.tree.map(np.asarray, metrics), history[1])
 
@@ -117,6 +122,37 @@ def test_learning_rate_reaches_zero_at_the_end():
     before, last, further = (state.params["w"] for state in states[1:])
     assert not np.array_equal(before, last)
     np.testing.assert_array_equal(further, last)
+
+
+def test_phases_share_a_program_and_differ_by_their_schedules():
+    """The schedule is an argument: none of its numbers is compiled in."""
+    states, _ = run(epochs=2)
+    other = dataclasses.replace(
+        CONFIG, learning_rate=0.05, weight_decay=0.7, epochs=9, warmup_fraction=0.3
+    )
+    expected, _ = run(other, epochs=2)
+    state, schedule = start_state(CONFIG, START), training.make_schedule(other, NUM)
+    for _ in range(2):
+        state, _ = make()(KEY, state, None, schedule, IMAGES, SEEN)
+    tiny.assert_trees_equal(jax.tree.map(np.asarray, state), expected[-1])
+    assert not np.allclose(expected[-1].params["w"], states[-1].params["w"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("warmup_fraction", [0.0, 0.25])
+def test_learning_rate_rises_falls_and_stays_at_zero(warmup_fraction):
+    config = dataclasses.replace(CONFIG, epochs=5, warmup_fraction=warmup_fraction)
+    schedule = training.make_schedule(config, NUM)
+    total = 5 * NUM // config.batch_size
+    warmup = int(warmup_fraction * total)
+    rates = np.asarray(training.learning_rate(schedule, jnp.arange(total + 3)))
+    np.testing.assert_allclose(
+        rates,
+        np.interp(np.arange(total + 3), [0, warmup, total], [0, 0.02, 0])
+        if warmup
+        else np.interp(np.arange(total + 3), [0, total], [0.02, 0]),
+        rtol=1e-5,
+        atol=1e-9,
+    )
 
 
 VIT_CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=2)
@@ -174,8 +210,8 @@ def test_number_of_shards_changes_rounding_only():
 
 
 def test_all_parts_of_a_batch_get_the_same_key_and_every_step_another():
-    def grad_fn(key, params, teacher, images, labels):
-        del teacher, images, labels
+    def grad_fn(key, params, lesson, images, labels):
+        del lesson, images, labels
         draw = jax.random.uniform(key)
         return {"draw": draw, "square": draw**2}, jax.tree.map(jnp.zeros_like, params)
 
@@ -196,7 +232,7 @@ def test_too_few_images_for_a_batch_are_refused():
 def test_a_batch_that_the_shards_do_not_divide_is_refused():
     config = dataclasses.replace(CONFIG, batch_size=7)
     with pytest.raises(ConfigError, match=r"batch_size \(7\) must be a multiple of shards \(2\)"):
-        training.make_optimizer(config, NUM)
+        training.make_schedule(config, NUM)
 
 
 shift = jax.jit(training.random_shift, static_argnums=2)
@@ -245,6 +281,19 @@ def test_mesh_is_cut_to_the_largest_divisor(num_devices, num_parts, expected):
     assert mesh.devices.size == expected
 
 
+def test_a_replicated_state_compiles_an_epoch_once():
+    """Its layout is that of the state that comes out."""
+    start = start_state(CONFIG, START)
+    schedule = training.make_schedule(CONFIG, NUM)
+    state, _ = make()(KEY, start, None, schedule, IMAGES, SEEN)
+    for before, after in zip(jax.tree.leaves(start), jax.tree.leaves(state), strict=True):
+        assert before.sharding == after.sharding
+        assert before.committed and after.committed
+    again = layout.replicate(state, layout.make_mesh(1))
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
+        assert before.unsafe_buffer_pointer() == after.unsafe_buffer_pointer()
+
+
 def test_more_devices_than_there_are_is_refused():
-    with pytest.raises(ConfigError, match="compute.num_devices is 1000, but JAX sees"):
+    with pytest.raises(ConfigError, match=r"compute\.num_devices is 1000, but JAX sees"):
         layout.make_mesh(1000)
