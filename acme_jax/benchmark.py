@@ -104,9 +104,7 @@ def distillation_flops(
     return total
 
 
-def forward_flops(
-    vit: ViTConfig, space: ArchSpace, depth: int, heads: int, neurons: int
-) -> float:
+def forward_flops(vit: ViTConfig, space: ArchSpace, depth: int, heads: int, neurons: int) -> float:
     """Forward FLOPs of one image through a uniform sub-network."""
     layers = space.num_layers
     arch = Arch(

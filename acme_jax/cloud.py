@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from acme_jax import supernet
 from acme_jax.config import ConfigError, SearchConfig
-from acme_jax.layout import AXIS, divide_mesh
+from acme_jax.layout import map_parts
 from acme_jax.vit import Params, ViTConfig
 from nas import cost, nsga2, pareto
 from nas.arch import Arch, ArchMask, ArchSpace, to_mask
@@ -145,31 +145,24 @@ def accuracy(
       config: static sizes.
       space: the choices.
       archs: genomes with leading [P].
-      mesh: as many of its devices are used as divide P.
+      mesh: the devices among which the dense loop divides the population.
     """
-    dense_loop = _runs_dense(mesh)
+    if not _runs_dense(mesh):
 
-    def dense(params: Params, images: Array, labels: Array, arch: Arch) -> Array:
+        def masked(arch: Arch) -> Array:
+            logits = supernet.apply(params, images, config, to_mask(space, arch)).logits
+            return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+
+        return jax.vmap(masked)(archs)
+
+    def dense(index: Array, params: Params, images: Array, labels: Array, archs: Arch) -> Array:
+        arch = jax.tree.map(lambda leaf: leaf[index], archs)
         logits = supernet.apply_arch(params, images, config, space, arch).logits
         return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
-    def masked(params: Params, images: Array, labels: Array, arch: Arch) -> Array:
-        logits = supernet.apply(params, images, config, to_mask(space, arch)).logits
-        return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
-
-    def local(params: Params, images: Array, labels: Array, archs: Arch) -> Array:
-        if dense_loop:
-            return lax.map(lambda arch: dense(params, images, labels, arch), archs)
-        return jax.vmap(lambda arch: masked(params, images, labels, arch))(archs)
-
-    spec, replicated = PartitionSpec(AXIS), PartitionSpec()
-    return jax.shard_map(
-        local,
-        mesh=divide_mesh(mesh, archs.depth.shape[0]),
-        in_specs=(replicated, replicated, replicated, spec),
-        out_specs=spec,
-        check_vma=False,
-    )(params, images, labels, archs)
+    count = archs.depth.shape[0]
+    result: Array = map_parts(dense, count, mesh, params, images, labels, archs)
+    return result
 
 
 def _runs_dense(mesh: Mesh) -> bool:

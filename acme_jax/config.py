@@ -128,8 +128,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         _check(
-            1 <= self.depths_per_step <= 4,
-            f"DistillConfig.depths_per_step must be 1 to 4, got {self.depths_per_step}",
+            self.depths_per_step >= 1,
+            f"DistillConfig.depths_per_step must be positive, got {self.depths_per_step}",
         )
         for name in ("batch_size", "shards", "max_shift", "clip_norm"):
             width, depth = getattr(self.width, name), getattr(self.depth, name)
@@ -149,12 +149,21 @@ class SearchConfig:
     rule: SelectionRule = "trade_off"
     num_divisions: int = 10
     """Cells of the Pareto Front Grid along each objective."""
+    fractions: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    """Widths and depths of the uniform grid; also the choices of each layer."""
     per_layer: bool = True
     """Search heads and neurons per layer; False searches the uniform 4 x 4 grid."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "rule", SelectionRule)
         _check_positive(self, "population_size", "num_generations", "num_divisions")
+        _check(
+            len(set(self.fractions)) == len(self.fractions)
+            and all(0.0 < f <= 1.0 for f in self.fractions)
+            and max(self.fractions, default=0.0) == 1.0,
+            f"SearchConfig.fractions must be distinct numbers in (0, 1] that include 1, got "
+            f"{self.fractions}",
+        )
         _check(
             self.population_size % 2 == 0,
             f"SearchConfig.population_size must be even, got {self.population_size}",
@@ -308,6 +317,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(self.seed >= 0, f"Config.seed must not be negative, got {self.seed}")
+        _check(
+            self.distill.depths_per_step <= len(self.search.fractions),
+            f"distill.depths_per_step ({self.distill.depths_per_step}) is more than the "
+            f"{len(self.search.fractions)} depths of search.fractions",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, JSON-ready."""

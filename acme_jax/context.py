@@ -10,7 +10,6 @@ import enum
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -107,7 +106,11 @@ def make_context(config: Config, session: Session) -> Context:
         num_classes=dataset.num_classes,
     )
     space = ArchSpace.from_fractions(
-        vit.num_layers, vit.num_heads, vit.num_neurons, per_layer=config.search.per_layer
+        vit.num_layers,
+        vit.num_heads,
+        vit.num_neurons,
+        fractions=config.search.fractions,
+        per_layer=config.search.per_layer,
     )
     rows, columns = vit.grid
     header_dims = HeaderDims(
@@ -131,20 +134,26 @@ def make_context(config: Config, session: Session) -> Context:
         )
     full_bytes = _full_bytes(backbone_dims, space, header_dims)
     devices = make_fleet(splits.device_pool, config, dataset.num_classes, full_bytes)
+    mesh = layout.make_mesh(config.compute.num_devices)
     context = Context(
         config=config,
         session=session,
-        mesh=layout.make_mesh(config.compute.num_devices),
+        mesh=mesh,
         vit=vit,
         space=space,
         backbone_dims=backbone_dims,
         header_dims=header_dims,
         splits=splits,
         public=Public(
-            jnp.asarray(splits.train.images),
-            jnp.asarray(splits.train.labels),
-            jnp.asarray(splits.select.images),
-            jnp.asarray(splits.select.labels),
+            *layout.replicate(
+                (
+                    splits.train.images,
+                    splits.train.labels,
+                    splits.select.images,
+                    splits.select.labels,
+                ),
+                mesh,
+            )
         ),
         devices=devices,
     )

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
-from acme_jax import header
+from acme_jax import header, header_slots
 from acme_jax.config import RefineConfig
 from acme_jax.header_layout import HeaderDims
 from acme_jax.vit import Params
@@ -23,13 +24,19 @@ from fed import similarity
 from fed.aggregate import personalized_mean
 from fed.algorithm import FedAlgorithm
 from fed.clients import Batch, ClientData
-from nas.cells import StaticCell
+from nas.cells import Cell, StaticCell
 from nas.importance import gate_importance, prune_lowest
 
 
 class DeviceState(NamedTuple):
-    """What a device keeps between rounds. Fields add a leading [C] in a cohort."""
+    """What a device keeps between rounds. Fields add a leading [C] in a cohort.
 
+    Header and gates are in the uniform form of `acme_jax.header_slots`, and the cell is data:
+    one compiled program serves the devices of every edge. [G] is that form's gate vector,
+    whose places without a gate are masked from the start.
+    """
+
+    cell: Cell
     params: Params  # of the header
     momentum: optax.OptState
     mask: Array  # [G] float32, 0 where a gate is pruned
@@ -62,16 +69,27 @@ class Downlink(NamedTuple):
 
 
 def init_device(
-    params: Params, num_gates: int, prune_per_round: int, config: RefineConfig
+    params: Params,
+    cell: StaticCell,
+    dims: HeaderDims,
+    prune_per_round: int,
+    config: RefineConfig,
 ) -> DeviceState:
-    """State of a device that has just received its header."""
+    """State of a device that has just received its header in compact form. Host function."""
+    slots = header_slots.to_slots(params, cell, dims)
+    mask = np.zeros(header_slots.num_points(dims) * dims.channels, np.float32)
+    mask[header_slots.gate_positions(dims, cell)] = 1.0
+    inputs, ops = (
+        np.asarray([[block[i], block[i + 2]] for block in cell], np.int32) for i in (0, 1)
+    )
     return DeviceState(
-        params=params,
-        momentum=optimizer(config).init(params),
-        mask=jnp.ones(num_gates),
-        smoothed=jnp.zeros(num_gates),
-        rounds=jnp.int32(0),
-        prune_per_round=jnp.int32(prune_per_round),
+        cell=Cell(inputs, ops),
+        params=slots,
+        momentum=optimizer(config).init(slots),
+        mask=mask,
+        smoothed=np.zeros_like(mask),
+        rounds=np.int32(0),
+        prune_per_round=np.int32(prune_per_round),
     )
 
 
@@ -92,7 +110,7 @@ def receive(state: DeviceState, personalized: Array, config: RefineConfig) -> De
     )
 
 
-def refinement(cell: StaticCell, dims: HeaderDims, config: RefineConfig) -> FedAlgorithm:
+def refinement(dims: HeaderDims, config: RefineConfig) -> FedAlgorithm:
     """ACME's refinement as a federated algorithm.
 
     The update that travels up is the importance set I_k [G]: the plain mean over the steps
@@ -101,21 +119,24 @@ def refinement(cell: StaticCell, dims: HeaderDims, config: RefineConfig) -> FedA
     identity gives the baseline `alone`, n_j / n rows the baseline `avg`.
 
     Args:
-      cell: of the edge's header, static.
-      dims: of the header.
+      dims: of the headers.
       config: learning rate, momentum, weight decay, smoothing.
     """
     sgd = optimizer(config)
 
-    def loss_fn(params: Params, gates: Array, mask: Array, batch: Batch) -> tuple[Array, Array]:
-        logits = header.apply(params, cell, dims, batch.inputs, gates=gates, mask=mask)
+    def loss_fn(
+        params: Params, gates: Array, device: DeviceState, batch: Batch
+    ) -> tuple[Array, Array]:
+        logits = header_slots.apply(
+            params, device.cell, dims, batch.inputs, gates=gates, mask=device.mask
+        )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         total = jnp.maximum(batch.weight.sum(), 1.0)
         correct = (jnp.argmax(logits, axis=-1) == batch.labels) * batch.weight
         return jnp.sum(losses * batch.weight) / total, jnp.sum(correct) / total
 
     def server_init(weights: Array) -> EdgeState:
-        num_gates = header.num_gates(dims, cell)
+        num_gates = header_slots.num_points(dims) * dims.channels
         return EdgeState(weights, jnp.zeros((weights.shape[0], num_gates)), jnp.int32(0))
 
     def server_message(state: EdgeState, row: Array) -> Downlink:
@@ -133,7 +154,7 @@ def refinement(cell: StaticCell, dims: HeaderDims, config: RefineConfig) -> FedA
         device = state.device
         value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
         (loss, accuracy), (grads, gate_grad) = value_and_grad(
-            device.params, jnp.ones_like(device.mask), device.mask, batch
+            device.params, jnp.ones_like(device.mask), device, batch
         )
         updates, momentum = sgd.update(grads, device.momentum, device.params)
         device = device._replace(
@@ -161,52 +182,47 @@ def refinement(cell: StaticCell, dims: HeaderDims, config: RefineConfig) -> FedA
     )
 
 
-def mixing_weights(
-    sketches: Array, sizes: Array, config: RefineConfig, key: Array
-) -> dict[str, Array]:
-    """How each method mixes importance sets: row-stochastic [C, C] matrices by name.
+class Mixing(NamedTuple):
+    """How devices listen to each other, and what that rests on. All [C, C]."""
+
+    distance: Array  # Wasserstein, of the sketches
+    similarity: Array
+    wasserstein: Array  # row-stochastic, as are those below
+    js: Array
+    avg: Array  # n_j / n
+
+
+def mixing_weights(sketches: Array, sizes: Array, key: Array, config: RefineConfig) -> Mixing:
+    """The methods' row-stochastic weights from what the edge received.
 
     Args:
-      sketches: quantiles [C, Q, D] as the edge received them.
+      sketches: quantiles [C, Q, D].
       sizes: [C] training samples.
+      key: for the projections of `sliced`, consumed.
       config: similarity, temperature.
-      key: for the projections of `sliced`.
-
-    Returns:
-      `alone` (identity), `avg` (n_j / n), `js`, `wasserstein`, and the `distance` and
-      `similarity` behind the last.
     """
     count = sketches.shape[0]
-    sketches = sketches.astype(jnp.float32)
     distance = similarity.pairwise_wasserstein(sketches, method=config.similarity, key=key)
     js_distance = similarity.pairwise_js(sketches)
     sizes = sizes.astype(jnp.float32)
-    return {
-        "alone": jnp.eye(count),
-        "avg": jnp.broadcast_to((sizes / sizes.sum())[None], (count, count)),
-        "js": similarity.weights(js_distance, temperature=config.temperature),
-        "wasserstein": similarity.weights(distance, temperature=config.temperature),
-        "distance": distance,
-        "similarity": similarity.similarity(distance),
-    }
+    return Mixing(
+        distance=distance,
+        similarity=similarity.similarity(distance),
+        wasserstein=similarity.weights(distance, temperature=config.temperature),
+        js=similarity.weights(js_distance, temperature=config.temperature),
+        avg=jnp.broadcast_to((sizes / sizes.sum())[None], (count, count)),
+    )
 
 
-def block_diagonal(matrices: list[Array]) -> Array:
-    """[C, C] matrices of M methods -> [M * C, M * C], so that all methods are one cohort."""
-    return jax.scipy.linalg.block_diag(*matrices)
-
-
-def evaluate(
-    states: DeviceState, data: ClientData, cell: StaticCell, dims: HeaderDims
-) -> Array:
+def evaluate(states: DeviceState, data: ClientData, dims: HeaderDims) -> Array:
     """Accuracy [C] of every device's pruned header on its own samples."""
 
-    def one(args: tuple[Params, Array, Array, Array, Array]) -> Array:
-        params, mask, inputs, labels, size = args
-        logits = header.apply(params, cell, dims, inputs, mask=mask)
+    def one(args: tuple[DeviceState, Array, Array, Array]) -> Array:
+        state, inputs, labels, size = args
+        logits = header_slots.apply(state.params, state.cell, dims, inputs, mask=state.mask)
         return _accuracy(logits, labels, size)
 
-    return lax.map(one, (states.params, states.mask, data.inputs, data.labels, data.size))
+    return lax.map(one, (states, data.inputs, data.labels, data.size))
 
 
 def linear_loss(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:

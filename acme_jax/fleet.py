@@ -50,9 +50,7 @@ class Device(NamedTuple):
         return [int(label) for label in np.unique(self.train.labels)]
 
 
-def make_fleet(
-    pool: DevicePool, config: Config, num_classes: int, full_bytes: int
-) -> list[Device]:
+def make_fleet(pool: DevicePool, config: Config, num_classes: int, full_bytes: int) -> list[Device]:
     """Divides the device pool and draws limits and speeds; deterministic in the seed.
 
     Devices are numbered edge by edge. An edge's first device has exactly the edge's budget,

@@ -21,17 +21,17 @@ unrolls them, which runs faster and compiles as fast at these depths.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from acme_jax import header_ops
+from acme_jax import header_ops, header_slots
 from acme_jax.header_layout import (
+    KERNEL_SIZES,
+    LARGEST_KERNEL,
     GateLayout,
     GatePoint,
     HeaderDims,
@@ -44,7 +44,7 @@ from acme_jax.header_layout import (
     weighted_slots,
 )
 from nas import cells
-from nas.cells import OPS, Cell, StaticCell
+from nas.cells import Cell, StaticCell
 
 Params = dict[str, Any]
 
@@ -71,53 +71,35 @@ def init_shared(key: jax.Array, dims: HeaderDims) -> Params:
     """Draws the search supernet's weights; call it outside jit (its draws compile once).
 
     Operation leaves lead with [L, S, N, 3]: layer, slot (2 * block + side), input node and
-    separable convolution, in the order of `header_ops.KERNEL_SIZES`; all kernels are stored
+    separable convolution, in the order of `KERNEL_SIZES`; all kernels are stored
     5 x 5 and masked to their size. Nodes that a block cannot read keep unused weights. Both make
     all slots alike, so that one piece of program serves them.
     """
     frame_key, op_key = jax.random.split(key)
     num_nodes = dims.blocks + 2
-    leading = (dims.num_layers, 2 * dims.blocks, num_nodes, len(header_ops.KERNEL_SIZES))
-    ops = header_ops.init_sep(op_key, leading, header_ops.LARGEST_KERNEL, dims.channels)
+    leading = (dims.num_layers, 2 * dims.blocks, num_nodes, len(KERNEL_SIZES))
+    ops = header_ops.init_sep(op_key, leading, LARGEST_KERNEL, dims.channels)
     return {"ops": ops, **_init_frame(frame_key, dims, num_nodes)}
 
 
 def apply_shared(params: Params, cell: Cell, dims: HeaderDims, features: jax.Array) -> jax.Array:
     """Logits [B, num_classes] of the supernet with a traced cell; features [B, T, D]."""
-    ones = jnp.ones(dims.channels)
-    stem = _stem(params, dims, features, ones, ones)
-    loose = cells.loose_ends(cell)  # [N]
+    nodes, codes = cell.inputs.reshape(-1), cell.ops.reshape(-1)  # [S] each
+    which = jnp.argmax(jnp.asarray(list(KERNEL_SIZES))[None] == codes[:, None], axis=1)
     slots = jnp.arange(2 * dims.blocks)
-    genes = (cell.inputs.reshape(-1), cell.ops.reshape(-1), slots // 2 + 2)  # [S] each
-
-    def slot(nodes: jax.Array, step: Any) -> tuple[jax.Array, None]:
-        (node, op, target), weights = step
-        output = _switch(op, node, weights, nodes[node])
-        return nodes.at[target].add(output), None
-
-    def layer(carry: Any, weights: Params) -> tuple[Any, None]:
-        older, newer = carry
-        blank = jnp.zeros((dims.blocks, *stem.shape))
-        nodes = jnp.concatenate([older[None], newer[None], blank])  # [N, B, gh, gw, C]
-        nodes, _ = lax.scan(slot, nodes, (genes, weights["ops"]))
-        active = jax.nn.relu(nodes) * loose[:, None, None, None, None]
-        output = jnp.einsum("nbhwc,ncd->bhwd", active, weights["loose"]["kernel"])
-        return (newer, header_ops.norm(weights["loose"]["norm"], output, ones, ones)), None
-
-    stacked = {"ops": params["ops"], "loose": params["loose"]}
-    (_, last), _ = lax.scan(layer, (stem, stem), stacked)
-    return _classify(params, last)
+    ops = {name: leaf[:, slots, nodes, which] for name, leaf in params["ops"].items()}
+    return header_slots.apply({**params, "ops": ops}, cell, dims, features)
 
 
 def extract(shared: Params, cell: StaticCell, dims: HeaderDims) -> Params:
     """The chosen header's weights out of the supernet's; unused ones are left behind."""
-    genes, codes = slot_genes(cell), list(header_ops.KERNEL_SIZES)
+    genes, codes = slot_genes(cell), list(KERNEL_SIZES)
     ops = {}
     for slot, op in weighted_slots(check_cell(cell, dims)):
         place = (slice(None), slot, genes[slot][0], codes.index(op))
         leaves = {name: leaf[place] for name, leaf in shared["ops"].items()}
-        size = header_ops.KERNEL_SIZES[op]
-        start = (header_ops.LARGEST_KERNEL - size) // 2
+        size = KERNEL_SIZES[op]
+        start = (LARGEST_KERNEL - size) // 2
         inner = slice(start, start + size)
         ops[str(slot)] = {**leaves, "depthwise": leaves["depthwise"][:, :, inner, inner]}
     loose = jnp.asarray(cells.static_loose_ends(cell))
@@ -130,9 +112,7 @@ def init(key: jax.Array, cell: StaticCell, dims: HeaderDims) -> Params:
     slots = weighted_slots(check_cell(cell, dims))
     key, *op_keys = jax.random.split(key, 1 + len(slots))
     ops = {
-        str(slot): header_ops.init_sep(
-            part, (dims.num_layers,), header_ops.KERNEL_SIZES[op], dims.channels
-        )
+        str(slot): header_ops.init_sep(part, (dims.num_layers,), KERNEL_SIZES[op], dims.channels)
         for part, (slot, op) in zip(op_keys, slots, strict=True)
     }
     return {"ops": ops, **_init_frame(key, dims, len(cells.static_loose_ends(cell)))}
@@ -165,7 +145,7 @@ def apply(
     slots, genes = dict(weighted_slots(check_cell(cell, dims))), slot_genes(cell)
     loose = cells.static_loose_ends(cell)
     points = _gate_points(dims, cell, gates, mask)
-    stem = _stem(params, dims, features, points[0][0], points[1][0])
+    stem = header_ops.stem(params["stem"], dims, features, points[0][0], points[1][0])
     # [2, L, points of a layer, C]: gates, then masks
     layers = points[:, 1:].reshape(2, dims.num_layers, -1, dims.channels)
 
@@ -191,7 +171,7 @@ def apply(
 
     stacked = {"ops": params["ops"], "loose": params["loose"]}
     (_, last), _ = lax.scan(layer, (stem, stem), (stacked, layers[0], layers[1]), unroll=True)
-    return _classify(params, last)
+    return header_ops.classify(params["classifier"], last)
 
 
 def init_linear(key: jax.Array, embed_dim: int, num_classes: int) -> Params:
@@ -206,7 +186,7 @@ def apply_linear(params: Params, features: jax.Array) -> jax.Array:
     """Logits [B, num_classes]: LayerNorm, mean over tokens, linear; features [B, T, D]."""
     ones = jnp.ones(features.shape[-1])
     pooled = header_ops.norm(params["norm"], features, ones, ones).mean(axis=1)
-    return _linear(params["classifier"], pooled)
+    return header_ops.linear(params["classifier"], pooled)
 
 
 def _gate_points(
@@ -221,35 +201,6 @@ def _gate_points(
                 f"{name} has shape {values.shape}; this cell has {ones.shape[0]} gates"
             )
     return jnp.stack(both).reshape(2, -1, dims.channels)
-
-
-@jax.checkpoint
-def _switch(op: jax.Array, node: jax.Array, weights: Params, inputs: jax.Array) -> jax.Array:
-    """Runs one traced operation; weights lead with [N, 3], inputs [B, gh, gw, C].
-
-    Recomputed in the backward pass: otherwise every branch's residuals would be stored, filled
-    with zeros, for each operation, which costs more than the operation. The separable
-    convolutions share one branch, because compiling the branches bounds a short search.
-    """
-    ones = jnp.ones((2, inputs.shape[-1]))
-    sizes, largest = header_ops.KERNEL_SIZES, header_ops.LARGEST_KERNEL
-    reach = jnp.asarray([size // 2 for size in sizes.values()])
-    offset = jnp.abs(jnp.arange(largest) - largest // 2)
-
-    def separable(grid: jax.Array) -> jax.Array:
-        which = jnp.argmax(jnp.asarray(list(sizes)) == op)
-        loaded = {name: leaf[node, which] for name, leaf in weights.items()}
-        inside = jnp.maximum(offset[:, None], offset[None]) <= reach[which]
-        kernel = loaded["depthwise"] * inside[None, :, :, None]
-        return header_ops.sep({**loaded, "depthwise": kernel}, grid, ones, ones, unroll=False)
-
-    plain = [code for code in range(len(OPS)) if code not in sizes]
-    branches: list[Callable[[jax.Array], jax.Array]] = [
-        separable,
-        *(functools.partial(header_ops.apply_plain, code) for code in plain),
-    ]
-    order = [0 if code in sizes else 1 + plain.index(code) for code in range(len(OPS))]
-    return lax.switch(jnp.asarray(order)[op], branches, inputs)
 
 
 def _init_frame(key: jax.Array, dims: HeaderDims, num_loose: int) -> Params:
@@ -274,27 +225,3 @@ def _init_frame(key: jax.Array, dims: HeaderDims, num_loose: int) -> Params:
 def _init_classifier(noise: jax.Array) -> Params:
     size, num_classes = noise.shape
     return {"kernel": noise / math.sqrt(size), "bias": jnp.zeros(num_classes)}
-
-
-def _stem(
-    params: Params, dims: HeaderDims, features: jax.Array, gate: jax.Array, mask: jax.Array
-) -> jax.Array:
-    """Tokens [B, T, D] to the grid [B, gh, gw, C]."""
-    tokens = dims.grid_height * dims.grid_width
-    if features.shape[1:] != (tokens, dims.embed_dim):
-        raise ValueError(
-            f"features have shape {features.shape}; expected [B, {tokens}, {dims.embed_dim}] "
-            f"for a grid of {dims.grid_height} x {dims.grid_width} (drop the class token)"
-        )
-    hidden = header_ops.norm(
-        params["stem"]["norm"], features @ params["stem"]["kernel"], gate, mask
-    )
-    return hidden.reshape(-1, dims.grid_height, dims.grid_width, dims.channels)
-
-
-def _linear(params: Params, inputs: jax.Array) -> jax.Array:
-    return inputs @ params["kernel"] + params["bias"][None]
-
-
-def _classify(params: Params, grid: jax.Array) -> jax.Array:
-    return _linear(params["classifier"], jax.nn.relu(grid).mean(axis=(1, 2)))

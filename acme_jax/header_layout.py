@@ -13,9 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from acme_jax.config import ConfigError
-from acme_jax.header_ops import KERNEL_SIZES
 from nas import cells
 from nas.cells import OPS, StaticCell
+
+KERNEL_SIZES = {OPS.index("sep1x1"): 1, OPS.index("sep3x3"): 3, OPS.index("sep5x5"): 5}
+"""Operation code -> depthwise kernel size, for the operations that have weights."""
+
+LARGEST_KERNEL = max(KERNEL_SIZES.values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,14 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from acme_jax.header_layout import HeaderDims
 from nas.cells import OPS
 
-Params = dict[str, jax.Array]
-
-KERNEL_SIZES = {OPS.index("sep1x1"): 1, OPS.index("sep3x3"): 3, OPS.index("sep5x5"): 5}
-"""Operation code -> depthwise kernel size, for the operations that have weights."""
-
-LARGEST_KERNEL = max(KERNEL_SIZES.values())
+Params = dict[str, Any]
 
 NOISE = 0.5
 """Size of the random part of a near-identity weight, in units of the usual fan-in scale."""
@@ -198,3 +194,31 @@ def apply_plain(op: int, inputs: jax.Array) -> jax.Array:
     if name not in plain:
         raise ValueError(f"operation {name} has weights; expected one of {', '.join(plain)}")
     return plain[name](inputs)
+
+
+def stem(
+    params: Params, dims: HeaderDims, features: jax.Array, gate: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Tokens [B, T, D] to the grid [B, gh, gw, C]: 1 x 1 matrix, norm, gate.
+
+    Raises:
+      ValueError: features that do not fit `dims`.
+    """
+    tokens = dims.grid_height * dims.grid_width
+    if features.shape[1:] != (tokens, dims.embed_dim):
+        raise ValueError(
+            f"features have shape {features.shape}; expected [B, {tokens}, {dims.embed_dim}] "
+            f"for a grid of {dims.grid_height} x {dims.grid_width} (drop the class token)"
+        )
+    hidden = norm(params["norm"], features @ params["kernel"], gate, mask)
+    return hidden.reshape(-1, dims.grid_height, dims.grid_width, dims.channels)
+
+
+def linear(params: Params, inputs: jax.Array) -> jax.Array:
+    """[..., D] to [..., num_classes]."""
+    return inputs @ params["kernel"] + params["bias"][None]
+
+
+def classify(params: Params, grid: jax.Array) -> jax.Array:
+    """The header's end on [B, gh, gw, C]: ReLU, global average pool, linear."""
+    return linear(params, jax.nn.relu(grid).mean(axis=(1, 2)))

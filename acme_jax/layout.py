@@ -9,15 +9,16 @@ and clients and individuals are independent.
 from __future__ import annotations
 
 import os
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from acme_jax.config import ConfigError
-
-Tree = TypeVar("Tree")
 
 AXIS = "devices"
 """Name of the mesh axis over which batches, individuals and clients are divided."""
@@ -51,16 +52,37 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     return Mesh(np.array(devices[:count]), (AXIS,))
 
 
-def divide_mesh(mesh: Mesh, num_parts: int) -> Mesh:
-    """The largest sub-mesh whose device count divides `num_parts`."""
-    count = max(n for n in range(1, mesh.devices.size + 1) if num_parts % n == 0)
-    return Mesh(mesh.devices.reshape(-1)[:count], (AXIS,))
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Places every leaf on all devices of the mesh; leaves that are there already stay.
 
-
-def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """Puts a copy of every leaf on every device of the mesh; does nothing where it lies so.
-
-    Call it on the state that goes into a compiled loop over the mesh. What comes out of such
-    a loop lies so; a first state that does not would make the second call compile again.
+    Inputs of a jitted loop are placed before its first call, because arrays that come back
+    from a program over the mesh are, and a different placement would compile it again.
     """
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def map_parts(fn: Callable[..., Any], count: int, mesh: Mesh, *args: Any) -> Any:
+    """`fn(index, *args)` for every index below `count`, divided over the mesh, stacked.
+
+    Inside a device a loop (`lax.map`); every device ends with all results in the order of
+    their index. With a mesh that does not divide `count` some are computed twice.
+
+    Args:
+      fn: traceable; index is int32 [].
+      count: static.
+      mesh: one-dimensional, from `make_mesh`.
+      *args: arrays that all devices read.
+
+    Returns:
+      The tree that `fn` returns, leaves with a leading [count].
+    """
+    each = -(-count // mesh.size)
+
+    def local(*args: Any) -> Any:
+        first = lax.axis_index(AXIS) * each
+        indices = (first + jnp.arange(each, dtype=jnp.int32)) % count
+        parts = lax.map(lambda index: fn(index, *args), indices)
+        return jax.tree.map(lambda leaf: lax.all_gather(leaf, AXIS, tiled=True)[:count], parts)
+
+    spec = PartitionSpec()
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*args)

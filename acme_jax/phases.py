@@ -15,6 +15,7 @@ from acme_jax import cloud, edge, header, training
 from acme_jax.config import TrainConfig
 from acme_jax.context import Context, Stream, proxy_indices
 from acme_jax.fleet import REFERENCE_PROFILE
+from acme_jax.layout import replicate
 from acme_jax.session import Rows
 from acme_jax.training import GradFn, TrainState
 from acme_jax.vit import Params
@@ -56,6 +57,8 @@ def train(
       lesson: what the epoch's gradient takes.
     """
     images, labels = context.public.train_images, context.public.train_labels
+    mesh = context.mesh
+    params, lesson = replicate((params, lesson), mesh)
     optimizer = training.make_optimizer(config)
     schedule = training.make_schedule(config, images.shape[0])
     key = context.stream(stream)
@@ -65,7 +68,7 @@ def train(
         return training.init_state(jax.tree.map(jnp.copy, params), optimizer)
 
     def advance(state: TrainState, index: int) -> tuple[TrainState, Rows]:
-        state, metrics = epoch(key, state, lesson, schedule, images, labels)
+        state, metrics = epoch(key, replicate(state, mesh), lesson, schedule, images, labels)
         values = {k: np.asarray(v, np.float64) for k, v in metrics.items()}
         row: dict[str, Any] = {k: float(v.mean()) for k, v in values.items()}
         bad = np.flatnonzero(~np.isfinite(values["loss"]))
@@ -139,14 +142,14 @@ def search(context: Context, params: Params, size_limit: float) -> SearchProgres
         evaluate = evaluator(params, images, labels)
         return nsga2.run(key, state, searcher, evaluate, num_generations=stride)
 
-    arrays = (params, context.public.select_images, context.public.select_labels)
+    arrays = (replicate(params, context.mesh), context.public.select_images, context.public.select_labels)
 
     def initial() -> SearchProgress:
         state = nsga2.init_state(key, searcher, evaluator(*arrays), reference=reference)
         return SearchProgress(state, jnp.full(config.num_generations, jnp.nan))
 
     def advance(progress: SearchProgress, index: int) -> tuple[SearchProgress, Rows]:
-        state, volumes = segment(progress.state, *arrays)
+        state, volumes = segment(replicate(progress.state, context.mesh), *arrays)
         history = progress.hypervolume.at[index : index + stride].set(volumes)
         rows = [
             {"generation": index + offset + 1, "hypervolume": float(volume)}
@@ -165,12 +168,17 @@ def search(context: Context, params: Params, size_limit: float) -> SearchProgres
 
 
 def search_header(
-    context: Context, edge_id: int, train_features: Array, select_features: Array
+    context: Context, edge_id: int, train_features: np.ndarray, select_features: np.ndarray
 ) -> EdgeHeader:
     """One edge's header search and its linear baseline, as one checkpointed unit."""
     config, dims = context.config.header, context.header_dims
-    labels = context.public.train_labels[proxy_indices(context)]
-    data = (train_features, labels, select_features, context.public.select_labels)
+    labels = jnp.asarray(context.splits.train.labels[proxy_indices(context)])
+    data = (
+        jnp.asarray(train_features),
+        labels,
+        jnp.asarray(select_features),
+        jnp.asarray(context.splits.select.labels),
+    )
     facts: dict[str, Any] = {}
 
     def progress(numbers: Any) -> None:

@@ -72,9 +72,9 @@ def smoke() -> Config:
             width=TrainConfig(epochs=3, batch_size=50, max_shift=1),
             depth=TrainConfig(epochs=3, batch_size=50, max_shift=1),
         ),
-        search=SearchConfig(population_size=16, num_generations=5),
+        search=SearchConfig(population_size=16, num_generations=5, fractions=(0.5, 1.0)),
         fleet=FleetConfig(
-            num_edges=2, devices_per_edge=3, budgets=(0.4, 0.8), samples_per_device=80
+            num_edges=2, devices_per_edge=3, budgets=(0.6, 0.9), samples_per_device=80
         ),
         header=HeaderConfig(
             channels=16,

@@ -2,31 +2,36 @@
 
 All methods run in one cohort of M * C rows (method-major), with block-diagonal mixing
 weights, so that every method has the same data, order of samples and schedule in one
-compiled program. Only ACME's rows (`wasserstein`) send messages that count; the others are
-baselines for comparison.
+compiled program, which serves all edges. Only ACME's rows (`wasserstein`) send messages that
+count; the others are baselines for comparison.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from acme_jax import device as device_tier
-from acme_jax import header
+from acme_jax import header_slots
+from acme_jax.config import RefineConfig
 from acme_jax.context import Context, Stream
-from acme_jax.device import DeviceState, EdgeState
+from acme_jax.device import DeviceState, EdgeState, Mixing
+from acme_jax.header_layout import HeaderDims
+from acme_jax.layout import replicate
 from acme_jax.messages import FeatureSketch, ImportanceSet, PersonalizedImportance
 from acme_jax.post import Post
 from acme_jax.session import Rows
 from acme_jax.vit import Params
 from fed import similarity
 from fed.algorithms.local import local
-from fed.clients import ClientData, replicate
+from fed.clients import ClientData
 from fed.simulate import run_clients
 from nas.cells import StaticCell
 
@@ -42,46 +47,107 @@ class Cohort(NamedTuple):
     linear: Any  # the linear header's parameters, rows [C]
 
 
-class Mixing(NamedTuple):
-    """How devices listen to each other, and what it rests on. All [C, C]."""
+class Programs(NamedTuple):
+    """What is compiled, once for all edges."""
 
-    distance: np.ndarray
-    similarity: np.ndarray
-    wasserstein: np.ndarray
-    js: np.ndarray
-    avg: np.ndarray
-
-
-class Refined(NamedTuple):
-    """The outcome of an edge's refinement."""
-
-    cohort: Cohort
-    mixing: Mixing
+    sketch: Callable[[Array, Array], Array]  # features [C, N, D], sizes [C] -> [C, Q, D]
+    mix: Callable[[Array, Array, Array], Mixing]  # sketches, sizes, key
+    local_round: Callable[..., Any]
+    update_edge: Callable[..., Any]
+    receive: Callable[[DeviceState, Array], DeviceState]
 
 
-def exchange_sketches(
-    context: Context, post: Post, edge: int, cls_features: list[Array], sizes: Array
-) -> Mixing:
+@functools.lru_cache(maxsize=4)
+def programs(
+    dims: HeaderDims, config: RefineConfig, mesh: Mesh, client_chunk: int | None
+) -> Programs:
+    """Compiled functions of a refinement; equal arguments share them."""
+    algorithm = device_tier.refinement(dims, config)
+    linear_algorithm = local(device_tier.linear_loss, device_tier.optimizer(config))
+
+    def sketch(features: Array, sizes: Array) -> Array:
+        return jax.vmap(
+            lambda rows, size: similarity.quantile_sketch(rows, config.num_quantiles, size=size)
+        )(features, sizes)
+
+    def local_round(
+        cohort: Cohort, tiled: ClientData, data: ClientData, key: Array, index: Array, ids: Array
+    ) -> tuple[DeviceState, Array, Any, dict[str, Array]]:
+        rows = jnp.arange(len(METHODS) * ids.shape[0], dtype=jnp.int32)
+        messages = jax.vmap(algorithm.server_message, in_axes=(None, 0))(cohort.edge, rows)
+        run = functools.partial(
+            run_clients,
+            epochs=1,
+            batch_size=config.batch_size,
+            chunk_size=client_chunk,
+            mesh=mesh,
+        )
+        # Equal ids on purpose: a device draws the same batches under every method.
+        tiled_ids = jnp.tile(ids, len(METHODS))
+        devices, updates, metrics = run(
+            algorithm, messages, cohort.devices, tiled, key, index, client_ids=tiled_ids
+        )
+        linear, _, _ = run(linear_algorithm, (), cohort.linear, data, key, index, client_ids=ids)
+        return devices, updates, linear, metrics
+
+    receive = functools.partial(device_tier.receive, config=config)
+    return Programs(
+        sketch=jax.jit(sketch),
+        mix=jax.jit(functools.partial(device_tier.mixing_weights, config=config)),
+        local_round=jax.jit(local_round),
+        update_edge=jax.jit(algorithm.server_update),
+        receive=jax.jit(jax.vmap(receive)),
+    )
+
+
+def edge_programs(context: Context) -> Programs:
+    """The run's compiled refinement."""
+    config = context.config
+    return programs(context.header_dims, config.refine, context.mesh, config.compute.client_chunk)
+
+
+def exchange_sketches(context: Context, post: Post, edge: int, cls: ClientData) -> Mixing:
     """Every device sends its feature sketch once; the edge compares them.
 
     Args:
       context: of the run.
       post: counts the messages.
       edge: which edge.
-      cls_features: for each device the normalised CLS features [n, D] of its training data.
-      sizes: [C] numbers of training samples.
+      cls: the devices' normalised CLS features [C, N, D] of their training data.
     """
-    config = context.config.refine
-    sketches = []
-    for features in cls_features:
-        sketch = similarity.quantile_sketch(features, config.num_quantiles)
-        message = FeatureSketch(np.asarray(sketch, np.float16))
-        received = post.send(message, tier="edge-device", direction="up", round=0)
-        sketches.append(np.asarray(received.quantiles, np.float32))
-    found = device_tier.mixing_weights(
-        jnp.stack(sketches), sizes, config, context.stream(Stream.SKETCH, edge)
+    compiled = edge_programs(context)
+    sketches = np.asarray(compiled.sketch(cls.inputs, cls.size)).astype(np.float16)
+    received = [
+        post.send(FeatureSketch(sketch), tier="edge-device", direction="up", round=0)
+        for sketch in sketches
+    ]
+    read = np.stack([np.asarray(message.quantiles, np.float32) for message in received])
+    mixing = compiled.mix(jnp.asarray(read), cls.size, context.stream(Stream.SKETCH, edge))
+    return Mixing(*(np.asarray(matrix) for matrix in mixing))
+
+
+def initial_cohort(
+    context: Context, cell: StaticCell, params: Params, linear: Params, mixing: Mixing
+) -> Cohort:
+    """Every device under every method at its start: the edge's header, nothing pruned."""
+    config, count = context.config.refine, mixing.avg.shape[0]
+    states = [
+        device_tier.init_device(params, cell, context.header_dims, number, config)
+        for number in (0, *[config.prune_per_round] * (len(METHODS) - 1))
+    ]
+    devices = jax.tree.map(
+        lambda *leaves: jnp.asarray(np.repeat(np.stack(leaves), count, axis=0)), *states
     )
-    return Mixing(**{name: np.asarray(found[name]) for name in Mixing._fields})
+    weights = np.zeros((len(METHODS) * count, len(METHODS) * count), np.float32)
+    for index, method in enumerate(METHODS):
+        rows = slice(index * count, (index + 1) * count)
+        mixed = np.eye(count) if method in ("no_pruning", "alone") else getattr(mixing, method)
+        weights[rows, rows] = mixed
+    return Cohort(
+        device_tier.refinement(context.header_dims, config).server_init(jnp.asarray(weights)),
+        devices,
+        jax.tree.map(lambda leaf: jnp.asarray(np.stack([np.asarray(leaf)] * count)), linear),
+    )
 
 
 def run_edge(
@@ -101,7 +167,7 @@ def run_edge(
       post: counts ACME's messages; its ledger is checkpointed with the rounds.
       edge: which edge.
       cell: of the edge's header.
-      params: of that header, where every device starts.
+      params: of that header in compact form, where every device starts.
       linear: parameters of the linear header, likewise.
       data: the devices' training features, rows [C].
       mixing: from `exchange_sketches`.
@@ -109,82 +175,48 @@ def run_edge(
     Returns:
       The cohort after the last round, every personalised set applied.
     """
-    config = context.config.refine
+    config, compiled = context.config.refine, edge_programs(context)
     count = data.size.shape[0]
-    acme = slice(METHODS.index("wasserstein") * count, (METHODS.index("wasserstein") + 1) * count)
-    algorithm = device_tier.refinement(cell, context.header_dims, config)
-    sgd = device_tier.optimizer(config)
-    linear_algorithm = local(device_tier.linear_loss, sgd)
+    first = METHODS.index("wasserstein") * count
+    acme = range(first, first + count)
+    gates = header_slots.gate_positions(context.header_dims, cell)
     ids = jnp.asarray([d.id for d in context.devices if d.edge == edge], jnp.int32)
     key = context.stream(Stream.REFINE, edge)
-    chunk, mesh = context.config.compute.client_chunk, context.mesh
-    options = {"epochs": 1, "batch_size": config.batch_size, "chunk_size": chunk, "mesh": mesh}
-    tiled: ClientData = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * len(METHODS)), data)
-    # Equal ids on purpose: a device draws the same batches under every method.
-    tiled_ids = jnp.tile(ids, len(METHODS))
-
-    @jax.jit
-    def local_round(
-        cohort: Cohort, tiled: ClientData, data: ClientData, tiled_ids: Array, index: Array
-    ) -> tuple[DeviceState, Array, Any, dict[str, Array]]:
-        rows = jnp.arange(tiled_ids.shape[0], dtype=jnp.int32)
-        messages = jax.vmap(algorithm.server_message, in_axes=(None, 0))(cohort.edge, rows)
-        devices, updates, metrics = run_clients(
-            algorithm, messages, cohort.devices, tiled, key, index,
-            client_ids=tiled_ids, **options,
-        )  # fmt: skip
-        linear, _, _ = run_clients(
-            linear_algorithm, (), cohort.linear, data, key, index, client_ids=ids, **options
-        )
-        return devices, updates, linear, metrics
-
-    update_edge = jax.jit(algorithm.server_update)
-    apply_last = jax.jit(jax.vmap(partial(device_tier.receive, config=config)))
-
-    def initial() -> Cohort:
-        identity = jnp.eye(count)
-        matrices = [identity, identity, *(jnp.asarray(getattr(mixing, m)) for m in METHODS[2:])]
-        gates = header.num_gates(context.header_dims, cell)
-        states = [
-            replicate(device_tier.init_device(params, gates, pruned, config), count)
-            for pruned in (0, *[config.prune_per_round] * (len(METHODS) - 1))
-        ]
-        return Cohort(
-            algorithm.server_init(device_tier.block_diagonal(matrices)),
-            jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *states),
-            replicate(linear, count),
-        )
+    data = replicate(data, context.mesh)
+    tiled = replicate(
+        ClientData(*(np.concatenate([np.asarray(leaf)] * len(METHODS)) for leaf in data)),
+        context.mesh,
+    )
 
     def advance(cohort: Cohort, index: int) -> tuple[Cohort, Rows]:
-        round_index = index + 1
-        devices, updates, linear_params, metrics = local_round(
-            cohort, tiled, data, tiled_ids, jnp.int32(index)
+        devices, updates, linear_params, metrics = compiled.local_round(
+            replicate(cohort, context.mesh), tiled, data, key, jnp.int32(index), ids
         )
-        sent = np.array(updates)
-        for row in range(acme.start, acme.stop):
-            message = ImportanceSet(sent[row])
-            received = post.send(message, tier="edge-device", direction="up", round=round_index)
-            sent[row] = received.importance
-        edge_state, _ = update_edge(cohort.edge, jnp.asarray(sent), tiled.size)
-        down = np.array(edge_state.personalized)
-        for row in range(acme.start, acme.stop):
-            answer = PersonalizedImportance(down[row])
-            read = post.send(answer, tier="edge-device", direction="down", round=round_index)
-            down[row] = read.importance
-        edge_state = edge_state._replace(personalized=jnp.asarray(down))
-        if round_index == config.rounds:
-            devices = apply_last(devices, edge_state.personalized)
+        sets = np.array(updates)
+        for row in acme:
+            message = ImportanceSet(sets[row, gates])
+            received = post.send(message, tier="edge-device", direction="up", round=index + 1)
+            sets[row, gates] = received.importance
+        edge_state, _ = compiled.update_edge(cohort.edge, jnp.asarray(sets), tiled.size)
+        mixed = np.array(edge_state.personalized)
+        for row in acme:
+            answer = PersonalizedImportance(mixed[row, gates])
+            read = post.send(answer, tier="edge-device", direction="down", round=index + 1)
+            mixed[row, gates] = read.importance
+        edge_state = edge_state._replace(personalized=jnp.asarray(mixed))
+        if index + 1 == config.rounds:
+            devices = compiled.receive(devices, edge_state.personalized)
         losses = np.asarray(metrics["loss"], np.float64).reshape(len(METHODS), count).mean(axis=1)
-        row = {"round": round_index, "loss": float(losses[-1])}
+        masks = np.asarray(devices.mask)[first : first + count, gates]
+        row = {"round": index + 1, "loss": float(losses[-1]), "pruned": float((masks == 0).mean())}
         row |= {f"loss_{name}": float(loss) for name, loss in zip(METHODS, losses, strict=True)}
-        row["pruned"] = float(np.sum(np.asarray(devices.mask[acme]) == 0) / count)
         return Cohort(edge_state, devices, linear_params), [row]
 
     return context.session.loop(
         f"refinement, edge {edge}",
         total=config.rounds,
         every=context.config.compute.checkpoint_every,
-        initial=initial,
+        initial=lambda: initial_cohort(context, cell, params, linear, mixing),
         advance=advance,
         extra=lambda: {"ledger": post.to_records()},
         restored=lambda extra: post.from_records(extra["ledger"]),

@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from acme_jax import benchmark, cloud, device_model, header, messages, report, supernet, tables
+from acme_jax import (
+    benchmark,
+    cloud,
+    device_model,
+    header_slots,
+    messages,
+    report,
+    supernet,
+    tables,
+)
 from acme_jax import device as device_tier
 from acme_jax.context import BYTES_PER_PARAM, Context
 from acme_jax.device import DeviceState
@@ -23,10 +31,10 @@ from acme_jax.fleet import Device, edge_devices
 from acme_jax.header_layout import gate_layout, num_flops, num_params
 from acme_jax.post import Post
 from acme_jax.progress import peak_memory_bytes
-from acme_jax.refine import METHODS
+from acme_jax.refine import METHODS, initial_cohort
 from acme_jax.run_dir import write_json
 from acme_jax.slicing import kept_blocks
-from fed.clients import ClientData, stack_clients
+from fed.clients import ClientData
 from nas import cost
 from nas.arch import Arch, full, grid
 
@@ -108,18 +116,20 @@ def export(context: Context, made: Cloud, edges: list[Edge], results: dict[str, 
     """Writes every device's final model under devices/."""
     rows = {row["device"]: row for row in results["devices"]}
     for edge, outcome in enumerate(edges):
-        states = _method_states(outcome, "wasserstein")
+        states, masks = (
+            _rows(outcome.cohort.devices, "wasserstein"),
+            _compact_masks(context, outcome),
+        )
+        cell = outcome.header.cell
         for place, device in enumerate(edge_devices(context.devices, edge)):
-            params, mask = jax.tree.map(
-                lambda leaf, place=place: leaf[place], (states.params, states.mask)
-            )
+            slots = jax.tree.map(lambda leaf, place=place: leaf[place], states.params)
             model = DeviceModel(
                 vit=context.vit,
                 header_dims=context.header_dims,
-                cell=outcome.header.cell,
+                cell=cell,
                 backbone=outcome.backbone,
-                header=params,
-                mask=mask,
+                header=header_slots.from_slots(slots, cell, context.header_dims),
+                mask=masks[place],
             )
             row = rows[device.id]
             facts = {k: row[k] for k in ("device", "edge", "labels", "size_bytes", "num_flops")}
@@ -234,20 +244,14 @@ def _edge_row(context: Context, made: Cloud, edge: int, outcome: Edge) -> dict[s
     }
 
 
-def _device_rows(
-    context: Context, edge: int, outcome: Edge, arch: Arch
-) -> list[dict[str, Any]]:
-    from acme_jax.system import compute_features  # results is imported by system
+def _device_rows(context: Context, edge: int, outcome: Edge, arch: Arch) -> list[dict[str, Any]]:
+    from acme_jax.system import compute_features, stack_devices  # system imports this module
 
     devices = edge_devices(context.devices, edge)
-    data = stack_clients(
-        [
-            (compute_features(context, outcome.backbone, d.test.images)[0], d.test.labels)
-            for d in devices
-        ]
-    )
+    tokens = [compute_features(context, outcome.backbone, d.test.images)[0] for d in devices]
+    data = stack_devices(context, tokens, [d.test.labels for d in devices])
     accuracies = _accuracies(context, outcome, data)
-    masks = np.asarray(_method_states(outcome, "wasserstein").mask)
+    masks = _compact_masks(context, outcome)
     return [
         _device_row(
             context,
@@ -261,30 +265,40 @@ def _device_rows(
     ]
 
 
-def _accuracies(context: Context, outcome: Edge, data: ClientData) -> dict[str, Array]:
+def _accuracies(context: Context, outcome: Edge, data: ClientData) -> dict[str, np.ndarray]:
     """Accuracy [C] on the devices' test splits of every method."""
-    found, cohort = outcome.header, outcome.refined.cohort
-    count = data.size.shape[0]
-
-    @jax.jit
-    def pruned(states: DeviceState, data: ClientData) -> Array:
-        return device_tier.evaluate(states, data, found.cell, context.header_dims)
-
-    start = device_tier.init_device(
-        found.params, header.num_gates(context.header_dims, found.cell), 0, context.config.refine
+    cohort, count = outcome.cohort, data.size.shape[0]
+    start = initial_cohort(
+        context, outcome.header.cell, outcome.header.params, outcome.header.linear, outcome.mixing
     )
-    start = jax.tree.map(lambda leaf: jnp.stack([leaf] * count), start)
-    linear = jax.jit(device_tier.evaluate_linear)(cohort.linear, data)
-    return {"unpersonalized": pruned(start, data), "linear": linear} | {
-        method: pruned(_method_states(outcome, method), data) for method in METHODS
+    rows = {"unpersonalized": _rows(start.devices, "no_pruning")} | {
+        method: _rows(cohort.devices, method) for method in METHODS
     }
+    everything = jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves)), *rows.values())
+    tiled = ClientData(
+        *(jnp.asarray(np.concatenate([np.asarray(leaf)] * len(rows))) for leaf in data)
+    )
+    values = np.asarray(_evaluate(everything, tiled, context.header_dims)).reshape(-1, count)
+    found = dict(zip(rows, values, strict=True))
+    linear = np.asarray(_evaluate_linear(cohort.linear, data))
+    return {"unpersonalized": found.pop("unpersonalized"), "linear": linear} | found
 
 
-def _method_states(outcome: Edge, method: str) -> DeviceState:
-    states = outcome.refined.cohort.devices
+_evaluate = jax.jit(device_tier.evaluate, static_argnums=2)
+_evaluate_linear = jax.jit(device_tier.evaluate_linear)
+
+
+def _rows(states: DeviceState, method: str) -> DeviceState:
+    """One method's rows of a cohort, as NumPy."""
     count = states.mask.shape[0] // len(METHODS)
     first = METHODS.index(method) * count
-    return jax.tree.map(lambda leaf: leaf[first : first + count], states)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[first : first + count], states)
+
+
+def _compact_masks(context: Context, outcome: Edge) -> np.ndarray:
+    """ACME's gate masks [C, G] in the compact form."""
+    gates = header_slots.gate_positions(context.header_dims, outcome.header.cell)
+    return _rows(outcome.cohort.devices, "wasserstein").mask[:, gates]
 
 
 def _device_row(
@@ -329,7 +343,7 @@ def _device_row(
 
 
 def _similarity_row(context: Context, edge: int, outcome: Edge) -> dict[str, Any]:
-    mixing = outcome.refined.mixing
+    mixing = outcome.mixing
     return {
         "edge": edge,
         "devices": [device.id for device in edge_devices(context.devices, edge)],

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import Array, lax
 
 from acme_jax.header_ops import normals
@@ -283,9 +282,7 @@ def apply_arch(
         total, _ = lax.scan(add, jnp.zeros_like(y), (weights, jnp.arange(number) < count))
         return total
 
-    def layer(
-        x: Array, xs: tuple[_Groups, Array, Array, Array]
-    ) -> tuple[Array, Array]:
+    def layer(x: Array, xs: tuple[_Groups, Array, Array, Array]) -> tuple[Array, Array]:
         block, kept, heads, neurons = xs
         scale = kept.astype(x.dtype)
         y = layer_norm(block.attention["norm"], x)

@@ -7,6 +7,7 @@ importance set a round. Read `run` from top to bottom.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from acme_jax import cloud, distill, phases, refine, slicing, supernet
 from acme_jax.cloud import Choice
 from acme_jax.config import Config
 from acme_jax.context import Context, Stream, make_context, proxy_indices
+from acme_jax.device import Mixing
 from acme_jax.fleet import REFERENCE_PROFILE, Device, edge_devices
 from acme_jax.messages import (
     BackboneMessage,
@@ -33,7 +35,7 @@ from acme_jax.results import finish
 from acme_jax.run_dir import RunDirectory
 from acme_jax.session import Session
 from acme_jax.vit import Params, layer_norm
-from fed.clients import stack_clients
+from fed.clients import ClientData, stack_clients
 
 FEATURE_BATCH = 500
 """Images per call when features are computed; only memory depends on it."""
@@ -54,7 +56,8 @@ class Edge(NamedTuple):
 
     backbone: Params  # sliced
     header: EdgeHeader
-    refined: refine.Refined
+    mixing: Mixing
+    cohort: refine.Cohort
 
 
 def run(
@@ -82,7 +85,7 @@ def run(
     """
     directory = RunDirectory.create_or_open(run_dir, config, resume=resume)
     try:
-        with (reporter or Reporter()) as shown, stop_on_signals() as stop:
+        with reporter or Reporter() as shown, stop_on_signals() as stop:
             session = Session(directory, shown, stop)
             with session.phase("data and devices"):
                 context = make_context(config, session)
@@ -181,24 +184,33 @@ def edge_tier(
             compute_features(context, backbone, device.train.images) for device in devices
         ]
     found = phases.search_header(context, edge, train_features, select_features)
-    received = send_models(context, post, choice, sliced, found, devices)
-    data = stack_clients(
-        [
-            (tokens, device.train.labels)
-            for (tokens, _), device in zip(device_features, devices, strict=True)
-        ]
+    received = send_models(post, choice, sliced, found, devices)
+    labels = [device.train.labels for device in devices]
+    tokens, cls = zip(*device_features, strict=True)
+    mixing = refine.exchange_sketches(context, post, edge, stack_devices(context, cls, labels))
+    data = stack_devices(context, tokens, labels)
+    cohort = refine.run_edge(context, post, edge, found.cell, received, found.linear, data, mixing)
+    return Edge(backbone, found, mixing, cohort)
+
+
+def stack_devices(
+    context: Context, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray]
+) -> ClientData:
+    """Stacks an edge's devices, padded to the longest of the whole fleet.
+
+    Padding changes nothing, and equal shapes let all edges share their programs.
+    """
+    data = stack_clients(list(zip(inputs, labels, strict=True)))
+    longest = max(max(len(d.train), len(d.test)) for d in context.devices)
+    extra = longest - data.labels.shape[1]
+    rows = ((0, 0), (0, extra))
+    padded = np.pad(np.asarray(data.inputs), rows + ((0, 0),) * (data.inputs.ndim - 2))
+    return ClientData(
+        jnp.asarray(padded), jnp.asarray(np.pad(np.asarray(data.labels), rows)), data.size
     )
-    mixing = refine.exchange_sketches(
-        context, post, edge, [cls for _, cls in device_features], data.size
-    )
-    cohort = refine.run_edge(
-        context, post, edge, found.cell, received, found.linear, data, mixing
-    )
-    return Edge(backbone, found, refine.Refined(cohort, mixing))
 
 
 def send_models(
-    context: Context,
     post: Post,
     choice: Choice,
     sliced: Params,
@@ -206,7 +218,6 @@ def send_models(
     devices: list[Device],
 ) -> Params:
     """Down: backbone and header to every device; returns the header as devices read it."""
-    del context
     count = len(devices)
     backbone = BackboneMessage(choice.arch, sliced)
     post.send(backbone, tier="edge-device", direction="down", round=0, copies=count)
@@ -217,7 +228,7 @@ def send_models(
 
 def compute_features(
     context: Context, backbone: Params, images: np.ndarray | Array
-) -> tuple[Array, Array]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Header tokens [N, T, D] and normalised CLS features [N, D] of images.
 
     Computed once, because the backbone is frozen; in batches of one shape, so that an edge
@@ -230,7 +241,10 @@ def compute_features(
         _features(backbone, jnp.asarray(padded[start : start + FEATURE_BATCH]), context.vit)
         for start in range(0, count + padding, FEATURE_BATCH)
     ]
-    tokens, cls = (jnp.concatenate(parts)[:count] for parts in zip(*outputs, strict=True))
+    tokens, cls = (
+        np.concatenate([np.asarray(part) for part in parts])[:count]
+        for parts in zip(*outputs, strict=True)
+    )
     return tokens, cls
 
 

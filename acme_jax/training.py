@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from acme_jax.config import ConfigError, TrainConfig
-from acme_jax.layout import AXIS, divide_mesh
+from acme_jax.layout import map_parts
 from acme_jax.vit import Params
 
 GradFn = Callable[[Array, Params, Any, Array, Array], tuple[dict[str, Array], Params]]
@@ -124,26 +124,19 @@ def make_epoch(
     in `grad_fn`) can share one compiled program.
     """
     shards, batch_size = config.shards, config.batch_size
-    mesh = divide_mesh(mesh, shards)
     optimizer = make_optimizer(config)
 
-    def sharded_grad(
+    def batch_grad(
         key: Array, params: Params, lesson: Any, images: Array, labels: Array
     ) -> tuple[dict[str, Array], Params]:
-        # images [shards of this device, b, ...]; every device ends with the same sum.
-        parts = lax.map(lambda part: grad_fn(key, params, lesson, *part), (images, labels))
-        gathered = jax.tree.map(lambda leaf: lax.all_gather(leaf, AXIS, tiled=True), parts)
-        return jax.tree.map(lambda leaf: _ordered_mean(leaf, shards), gathered)
+        # images [shards, b, ...]
 
-    replicated = PartitionSpec()
-    batch_spec = PartitionSpec(AXIS)
-    batch_grad = jax.shard_map(
-        sharded_grad,
-        mesh=mesh,
-        in_specs=(replicated, replicated, replicated, batch_spec, batch_spec),
-        out_specs=replicated,
-        check_vma=False,
-    )
+        def part(index: Array, *args: Any) -> tuple[dict[str, Array], Params]:
+            key, params, lesson, images, labels = args
+            return grad_fn(key, params, lesson, images[index], labels[index])
+
+        parts = map_parts(part, shards, mesh, key, params, lesson, images, labels)
+        return jax.tree.map(lambda leaf: _ordered_mean(leaf, shards), parts)
 
     def epoch(
         key: Array,
