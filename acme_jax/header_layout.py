@@ -110,7 +110,7 @@ def num_params(dims: HeaderDims, cell: StaticCell, mask: npt.ArrayLike | None = 
     Raises:
       ValueError: an invalid cell, or a mask of another length.
     """
-    return sum(piece.params for piece in _pieces(dims, cell, mask))
+    return int(sum(piece.params for piece in _pieces(dims, cell, mask)))
 
 
 def max_num_params(dims: HeaderDims) -> int:
@@ -125,7 +125,7 @@ def num_flops(dims: HeaderDims, cell: StaticCell, mask: npt.ArrayLike | None = N
     Counts matrix products and depthwise taps (padding included); norms, pools, activations and
     sums are left out.
     """
-    return sum(piece.flops for piece in _pieces(dims, cell, mask))
+    return int(sum(piece.flops for piece in _pieces(dims, cell, mask)))
 
 
 class _Piece(NamedTuple):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import Mesh
 
 from acme_jax import distill, layout, training
 from acme_jax.config import ConfigError, TrainConfig
@@ -54,8 +53,8 @@ def make(config=CONFIG, grad_fn=linear_grad, num_devices=1):
 
 
 def start_state(config, start, num_devices=1):
-    mesh = layout.divide_mesh(layout.make_mesh(num_devices), config.shards)
-    return layout.replicate(training.init_state(start, training.make_optimizer(config)), mesh)
+    state = training.init_state(start, training.make_optimizer(config))
+    return layout.replicate(state, layout.make_mesh(num_devices))
 
 
 def run(config=CONFIG, grad_fn=linear_grad, num_devices=1, epochs=1, start=START, data=None):
@@ -271,14 +270,16 @@ def test_content_away_from_the_border_is_moved_but_never_lost():
     assert not np.array_equal(images, moved)
 
 
-@pytest.mark.parametrize(
-    ("num_devices", "num_parts", "expected"),
-    [(2, 6, 2), (2, 5, 1), (2, 1, 1), (1, 4, 1), (4, 6, 3), (5, 48, 4), (8, 24, 8)],
-)
-def test_mesh_is_cut_to_the_largest_divisor(num_devices, num_parts, expected):
-    devices = np.array(jax.devices()[:1] * num_devices)  # a mesh may name a device twice
-    mesh = layout.divide_mesh(Mesh(devices, (layout.AXIS,)), num_parts)
-    assert mesh.devices.size == expected
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_parts_come_back_in_order_whether_or_not_the_devices_divide_them(num_devices, count):
+    def fn(index, table):
+        return {"row": table[index], "index": index}
+
+    mesh, table = layout.make_mesh(num_devices), jnp.arange(20.0).reshape(5, 4)
+    parts = jax.jit(lambda table: layout.map_parts(fn, count, mesh, table))(table)
+    np.testing.assert_array_equal(parts["row"], table[:count])
+    np.testing.assert_array_equal(parts["index"], np.arange(count))
 
 
 def test_a_replicated_state_compiles_an_epoch_once():
