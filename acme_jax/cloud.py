@@ -32,7 +32,7 @@ ENERGY_COLUMN = OBJECTIVES.index("energy_j")
 class Choice(NamedTuple):
     """The backbone that the cloud chose for one edge."""
 
-    index: int
+    row: int
     """Row of the archive."""
     arch: Arch
     objectives: np.ndarray  # [M]
@@ -236,7 +236,7 @@ def check_limits(dims: ModelDims, space: ArchSpace, limits: Sequence[float]) -> 
             raise ConfigError(
                 f"no sub-network fits the devices of edge {edge}: their smallest budget leaves "
                 f"{limit:,.0f} bytes for the backbone, but the smallest sub-network has "
-                f"{size:,} bytes; raise fleet.budgets[{edge}] or make the model smaller"
+                f"{size:,} bytes; raise fleet.budgets or make the model smaller"
             )
 
 
@@ -273,7 +273,7 @@ def choose_backbones(
         if not bool(selection.feasible[edge]):
             raise ConfigError(
                 f"the search found no sub-network within {limits[edge]:,.0f} bytes for edge "
-                f"{edge}; raise search.num_generations or fleet.budgets[{edge}]"
+                f"{edge}; raise search.num_generations or fleet.budgets"
             )
         index = int(selection.index[edge])
         arch = jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), archive.genomes)

@@ -84,8 +84,8 @@ class ModelConfig:
 class TrainConfig:
     """AdamW with linear decay (after an optional warm-up) for one training phase."""
 
-    epochs: int = 25
-    batch_size: int = 64
+    epochs: int = 15
+    batch_size: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     clip_norm: float = 1.0
@@ -94,7 +94,7 @@ class TrainConfig:
     """Distillation only: coefficient of the soft cross-entropy (lambda 1)."""
     hidden_loss: float = 0.1
     """Distillation only: coefficient of the hidden-state term (lambda 2)."""
-    max_shift: int = 2
+    max_shift: int = 1
     """Augmentation: each image moves by up to this many pixels."""
     shards: int = 2
     """Parts of a batch whose gradients are added in a fixed order. At most this many
@@ -113,14 +113,10 @@ class DistillConfig:
     """How the supernet is taught: widths first, then depths as well."""
 
     width: TrainConfig = dataclasses.field(
-        default_factory=lambda: TrainConfig(
-            epochs=3, learning_rate=3e-3, weight_decay=0.0, max_shift=1
-        )
+        default_factory=lambda: TrainConfig(epochs=2, learning_rate=3e-3, weight_decay=0.0)
     )
     depth: TrainConfig = dataclasses.field(
-        default_factory=lambda: TrainConfig(
-            epochs=14, learning_rate=3e-3, weight_decay=0.0, max_shift=1
-        )
+        default_factory=lambda: TrainConfig(epochs=13, learning_rate=3e-3, weight_decay=0.0)
     )
     depths_per_step: int = 1
     """Depths that each width trains in one step: 4 is all of them, DynaBERT's rule; fewer are
@@ -144,9 +140,9 @@ class DistillConfig:
 class SearchConfig:
     """Pareto search over sub-networks (NSGA-II) and the choice from its archive."""
 
-    population_size: int = 48
-    num_generations: int = 20
-    rule: SelectionRule = "trade_off"
+    population_size: int = 32
+    num_generations: int = 15
+    rule: SelectionRule = "lowest_error"
     num_divisions: int = 10
     """Cells of the Pareto Front Grid along each objective."""
     fractions: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
@@ -212,21 +208,21 @@ class FleetConfig:
 class HeaderConfig:
     """The edge's header search (ENAS with an LSTM controller)."""
 
-    channels: int = 32
+    channels: int = 24
     blocks: int = 2
     """B: blocks of a cell."""
     repeats: int = 1
     """U: the cell is stacked U + 2 times (as the original code does)."""
-    search_epochs: int = 8
+    search_epochs: int = 6
     """Epochs of shared-weight training, a fresh cell each batch."""
-    controller_steps: int = 40
+    controller_steps: int = 20
     """REINFORCE updates after each epoch."""
-    num_candidates: int = 16
+    num_candidates: int = 12
     """Cells sampled from the trained controller and ranked on the select split."""
     final_epochs: int = 10
     """Epochs of training the chosen cell."""
     batch_size: int = 64
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     proxy_fraction: float = 0.5
     """Part of the public training images that the edge holds as its shared data."""
 

@@ -8,7 +8,7 @@ device. Written as a `FedAlgorithm`, so `fed.simulate` runs all devices in one p
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,11 @@ def init_device(
     prune_per_round: int,
     config: RefineConfig,
 ) -> DeviceState:
-    """State of a device that has just received its header in compact form. Host function."""
+    """State of a device that has just received its header in compact form. Host function.
+
+    Leaves stay NumPy arrays: the caller stacks a cohort, and every operation of JAX outside
+    jit would compile a program of its own.
+    """
     slots = header_slots.to_slots(params, cell, dims)
     mask = np.zeros(header_slots.num_points(dims) * dims.channels, np.float32)
     mask[header_slots.gate_positions(dims, cell)] = 1.0
@@ -83,13 +87,13 @@ def init_device(
         np.asarray([[block[i], block[i + 2]] for block in cell], np.int32) for i in (0, 1)
     )
     return DeviceState(
-        cell=Cell(inputs, ops),
+        cell=Cell(*cast(Any, (inputs, ops))),
         params=slots,
         momentum=optimizer(config).init(slots),
-        mask=mask,
-        smoothed=np.zeros_like(mask),
-        rounds=np.int32(0),
-        prune_per_round=np.int32(prune_per_round),
+        mask=cast(Any, mask),
+        smoothed=cast(Any, np.zeros_like(mask)),
+        rounds=cast(Any, np.int32(0)),
+        prune_per_round=cast(Any, np.int32(prune_per_round)),
     )
 
 

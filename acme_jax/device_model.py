@@ -96,6 +96,7 @@ def load(directory: str | Path) -> DeviceModel:
     try:
         description = json.loads((directory / "model.json").read_text())
         flat = load_file(directory / "model.safetensors")
+        return _assemble(description, flat)
     except FileNotFoundError as error:
         raise ModelError(
             f"{directory} holds no model ({Path(error.filename or '').name or error} is missing); "
@@ -103,14 +104,25 @@ def load(directory: str | Path) -> DeviceModel:
         ) from error
     except Exception as error:  # safetensors raises its own, undocumented error types
         raise ModelError(f"the model in {directory} is damaged: {error}") from error
+
+
+def _assemble(description: dict[str, Any], flat: dict[str, np.ndarray]) -> DeviceModel:
+    """The model of the two files' contents; raises whatever parts that do not fit cause."""
     tree = _unflatten({name: jnp.asarray(leaf) for name, leaf in flat.items()})
     vit = description["vit"]
+    dims = HeaderDims(**description["header"])
+    cell = tuple((x, op_x, y, op_y) for x, op_x, y, op_y in description["cell"])
+    # Empty groups have no tensors: a cell without weighted operations has no "ops".
+    weights = {"ops": {}, **tree["header"]}
+    expected = jax.eval_shape(lambda: header.init(jax.random.key(0), cell, dims))
+    if jax.tree.map(jnp.shape, weights) != jax.tree.map(jnp.shape, dict(expected)):
+        raise ValueError("the weights of the header are not those of its cell")
     return DeviceModel(
         vit=ViTConfig(**{**vit, "image_shape": tuple(vit["image_shape"])}),
-        header_dims=HeaderDims(**description["header"]),
-        cell=tuple((x, op_x, y, op_y) for x, op_x, y, op_y in description["cell"]),
+        header_dims=dims,
+        cell=cell,
         backbone=tree["backbone"],
-        header=tree["header"],
+        header=weights,
         mask=tree["mask"],
     )
 

@@ -14,6 +14,7 @@ gates of the compact form (`header.gate_layout`) stand among them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,14 @@ import numpy as np
 from jax import Array, lax
 
 from acme_jax import header_ops
-from acme_jax.header_layout import KERNEL_SIZES, LARGEST_KERNEL, HeaderDims, check_cell, num_gates, weighted_slots
+from acme_jax.header_layout import (
+    KERNEL_SIZES,
+    LARGEST_KERNEL,
+    HeaderDims,
+    check_cell,
+    num_gates,
+    weighted_slots,
+)
 from nas import cells
 from nas.cells import OPS, Cell, StaticCell
 
@@ -156,7 +164,10 @@ def _switch(op: Array, weights: Params, inputs: Array, gates: Array) -> Array:
         return header_ops.sep(loaded, grid, gates[:, 0], gates[:, 1], unroll=False)
 
     plain = [code for code in range(len(OPS)) if code not in KERNEL_SIZES]
-    branches = [separable, *(functools.partial(header_ops.apply_plain, code) for code in plain)]
+    branches: list[Callable[[Array], Array]] = [
+        separable,
+        *(functools.partial(header_ops.apply_plain, code) for code in plain),
+    ]
     order = [0 if code in KERNEL_SIZES else 1 + plain.index(code) for code in range(len(OPS))]
     return lax.switch(jnp.asarray(order)[op], branches, inputs)
 

@@ -105,11 +105,13 @@ def search(context: Context, params: Params, size_limit: float) -> SearchProgres
     """The Pareto search: generations run in compiled segments, evaluation inside."""
     config = context.config.search
     start = grid(context.space)
-    room = config.population_size // 2
+    # Up to half of the first population, evenly from the smallest to the largest.
+    room = min(config.population_size // 2, start.depth.shape[0])
+    chosen = np.linspace(0, start.depth.shape[0] - 1, room).round().astype(int)
     searcher = nsga2.nsga2(
         context.space,
         population_size=config.population_size,
-        initial=jax.tree.map(lambda leaf: leaf[:room], start),
+        initial=jax.tree.map(lambda leaf: leaf[chosen], start),
     )
     largest = cloud.costs(
         context.backbone_dims,
@@ -142,7 +144,11 @@ def search(context: Context, params: Params, size_limit: float) -> SearchProgres
         evaluate = evaluator(params, images, labels)
         return nsga2.run(key, state, searcher, evaluate, num_generations=stride)
 
-    arrays = (replicate(params, context.mesh), context.public.select_images, context.public.select_labels)
+    arrays = (
+        replicate(params, context.mesh),
+        context.public.select_images,
+        context.public.select_labels,
+    )
 
     def initial() -> SearchProgress:
         state = nsga2.init_state(key, searcher, evaluator(*arrays), reference=reference)

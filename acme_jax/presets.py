@@ -69,8 +69,8 @@ def smoke() -> Config:
         model=ModelConfig(patch_size=2, embed_dim=32, num_layers=4, num_heads=4, num_neurons=64),
         reference=TrainConfig(epochs=6, batch_size=50),
         distill=DistillConfig(
-            width=TrainConfig(epochs=3, batch_size=50, max_shift=1),
-            depth=TrainConfig(epochs=3, batch_size=50, max_shift=1),
+            width=TrainConfig(epochs=3, batch_size=50),
+            depth=TrainConfig(epochs=3, batch_size=50),
         ),
         search=SearchConfig(population_size=16, num_generations=5, fractions=(0.5, 1.0)),
         fleet=FleetConfig(

@@ -123,7 +123,8 @@ def exchange_sketches(context: Context, post: Post, edge: int, cls: ClientData) 
     ]
     read = np.stack([np.asarray(message.quantiles, np.float32) for message in received])
     mixing = compiled.mix(jnp.asarray(read), cls.size, context.stream(Stream.SKETCH, edge))
-    return Mixing(*(np.asarray(matrix) for matrix in mixing))
+    host: Mixing = jax.tree.map(np.asarray, mixing)
+    return host
 
 
 def initial_cohort(
@@ -184,7 +185,7 @@ def run_edge(
     key = context.stream(Stream.REFINE, edge)
     data = replicate(data, context.mesh)
     tiled = replicate(
-        ClientData(*(np.concatenate([np.asarray(leaf)] * len(METHODS)) for leaf in data)),
+        jax.tree.map(lambda leaf: np.concatenate([np.asarray(leaf)] * len(METHODS)), data),
         context.mesh,
     )
 
@@ -208,9 +209,13 @@ def run_edge(
             devices = compiled.receive(devices, edge_state.personalized)
         losses = np.asarray(metrics["loss"], np.float64).reshape(len(METHODS), count).mean(axis=1)
         masks = np.asarray(devices.mask)[first : first + count, gates]
-        row = {"round": index + 1, "loss": float(losses[-1]), "pruned": float((masks == 0).mean())}
-        row |= {f"loss_{name}": float(loss) for name, loss in zip(METHODS, losses, strict=True)}
-        return Cohort(edge_state, devices, linear_params), [row]
+        numbers: dict[str, Any] = {
+            "round": index + 1,
+            "loss": float(losses[-1]),
+            "pruned": float((masks == 0).mean()),
+        }
+        numbers |= {f"loss_{m}": float(loss) for m, loss in zip(METHODS, losses, strict=True)}
+        return Cohort(edge_state, devices, linear_params), [numbers]
 
     return context.session.loop(
         f"refinement, edge {edge}",

@@ -210,7 +210,7 @@ def _search(context: Context, made: Cloud) -> dict[str, Any]:
         "choices": [
             {
                 "edge": edge,
-                "index": int(row[choice.index]),
+                "index": int(row[choice.row]),
                 "rule": config.rule,
                 "budget_bytes": made.limits[edge],
             }
@@ -298,7 +298,7 @@ def _rows(states: DeviceState, method: str) -> DeviceState:
 def _compact_masks(context: Context, outcome: Edge) -> np.ndarray:
     """ACME's gate masks [C, G] in the compact form."""
     gates = header_slots.gate_positions(context.header_dims, outcome.header.cell)
-    return _rows(outcome.cohort.devices, "wasserstein").mask[:, gates]
+    return np.asarray(_rows(outcome.cohort.devices, "wasserstein").mask)[:, gates]
 
 
 def _device_row(

@@ -87,6 +87,7 @@ class Session:
             return state
         if done == 0:
             self.complete_phases.add(name)
+        self.check_stop(name, done, total)  # A stop that came since the last unit of a loop.
         with self.phase(name, total, done) as phase:
             saved = done
             while done < total:

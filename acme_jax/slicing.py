@@ -87,5 +87,5 @@ def _run_blocks(sliced: Params, images: Array, config: ViTConfig) -> tuple[list[
         heads, head_size = weights["attention"]["out_kernel"].shape[:2]
         block = Block(heads, head_size, weights["mlp"]["up_bias"].shape[0])
         inputs.append(x)
-        x = block.apply({"params": weights}, x)
+        x = jnp.asarray(block.apply({"params": weights}, x))
     return inputs, x

@@ -143,14 +143,14 @@ def apply(
     if mask is None:
 
         def full_layer(x: Array, weights: Params) -> tuple[Array, Array]:
-            return block.apply({"params": weights}, x), x
+            return jnp.asarray(block.apply({"params": weights}, x)), x
 
         final, inputs = lax.scan(full_layer, tokens, params["blocks"])
     else:
 
         def masked_layer(x: Array, layer: tuple[Params, ArchMask]) -> tuple[Array, Array]:
             weights, m = layer
-            y = block.apply({"params": weights}, x, m.head, m.neuron)
+            y = jnp.asarray(block.apply({"params": weights}, x, m.head, m.neuron))
             return x + m.block * (y - x), x
 
         final, inputs = lax.scan(masked_layer, tokens, (params["blocks"], mask))

@@ -56,8 +56,7 @@ _dense_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"
 
 def layer_norm(weights: Params, x: Array) -> Array:
     """LayerNorm of Flax over the last axis with given `scale` and `bias`."""
-    normed: Array = nn.LayerNorm().apply({"params": weights}, x)
-    return normed
+    return jnp.asarray(nn.LayerNorm().apply({"params": weights}, x))
 
 
 def attention_heads(weights: Params, y: Array, head_mask: Array | None = None) -> Array:

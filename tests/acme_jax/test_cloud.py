@@ -339,17 +339,17 @@ def test_every_edge_gets_the_best_network_within_its_limit(rule):
     state = make_state(ROWS)
     choices = cloud.choose_backbones(state, LIMITS, SearchConfig(rule=rule))
     for choice, limit in zip(choices, LIMITS, strict=True):
-        assert choice.index == expected_row(rule, limit)
+        assert choice.row == expected_row(rule, limit)
         assert choice.objectives[cloud.SIZE_COLUMN] <= limit
-        np.testing.assert_allclose(choice.objectives, ROWS[choice.index], rtol=1e-6)
-        archived = jax.tree.map(lambda leaf, i=choice.index: leaf[i], state.archive.genomes)
+        np.testing.assert_allclose(choice.objectives, ROWS[choice.row], rtol=1e-6)
+        archived = jax.tree.map(lambda leaf, i=choice.row: leaf[i], state.archive.genomes)
         tiny.assert_trees_equal(choice.arch, archived)
         assert np.ndim(choice.arch.depth) == 0
 
 
 def test_rules_choose_differently():
     picks = {
-        rule: [c.index for c in cloud.choose_backbones(make_state(ROWS), LIMITS, config)]
+        rule: [c.row for c in cloud.choose_backbones(make_state(ROWS), LIMITS, config)]
         for rule in ("lowest_error", "trade_off", "nearest_ideal", "paper")
         for config in [SearchConfig(rule=rule)]
     }
@@ -369,7 +369,7 @@ def test_the_papers_rule_falls_back_where_its_grid_hides_every_small_network():
     )
     config = SearchConfig(rule="paper", num_divisions=1)
     chosen = cloud.choose_backbones(make_state(rows), [1000.0, 950.0], config)
-    assert [choice.index for choice in chosen] == [0, 1]
+    assert [choice.row for choice in chosen] == [0, 1]
 
 
 def test_no_network_within_the_limit_is_an_error():

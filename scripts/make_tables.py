@@ -1,0 +1,88 @@
+"""Writes the README's tables from the committed JSON.
+
+    python scripts/make_tables.py
+
+A table stands between `<!-- table:NAME -->` and `<!-- end -->`; nothing there is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from acme_jax.wording import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def accuracy(bench: dict[str, Any]) -> list[str]:
+    """Mean accuracy of the devices by method, over seeds."""
+    rows = ["| method | accuracy on the devices' own test data, % | what it is |", "|---|---|---|"]
+    for name, value in bench["accuracy"].items():
+        method = METHODS[name]
+        mean, spread = 100 * value["mean"], 100 * value["std"]
+        rows.append(f"| {method.label} | {mean:.1f} ± {spread:.1f} | {method.meaning} |")
+    return rows
+
+
+def phases(bench: dict[str, Any]) -> list[str]:
+    """Seconds by phase, edges added up."""
+    totals: dict[str, list[float]] = {}
+    for name, value in bench["phases"].items():
+        total = totals.setdefault(name.split(",")[0], [0.0, 0.0])
+        total[0] += value["seconds"]
+        total[1] += value["compile_seconds"]
+    rows = ["| phase | seconds | of which compiling |", "|---|---|---|"]
+    rows += [
+        f"| {name} | {both:.1f} | {compiled:.1f} |" for name, (both, compiled) in totals.items()
+    ]
+    seconds = sorted(bench["process_seconds"])
+    rows.append(f"| whole process, median | {seconds[len(seconds) // 2]:.0f} | |")
+    return rows
+
+
+def facts(bench: dict[str, Any]) -> list[str]:
+    """Where and how it was measured, and the figures that need no table."""
+
+    def span(values: list[float], scale: float, digits: int) -> str:
+        low, high = (f"{scale * value:.{digits}f}" for value in (min(values), max(values)))
+        return low if low == high else f"{low} to {high}"
+
+    traffic = bench["traffic"]
+    up = [a / b for a, b in zip(traffic["uplink_bytes"], traffic["centralized_uplink_bytes"],
+                                strict=True)]  # fmt: skip
+    down = [a / b for a, b in zip(traffic["downlink_bytes"], traffic["centralized_downlink_bytes"],
+                                  strict=True)]  # fmt: skip
+    hardware, versions = bench["hardware"], bench["versions"]
+    return [
+        f"- Measured on {bench['date']} with seeds {bench['seeds']}: `{bench['command']}`, "
+        f"{hardware}, Python {versions['python']}, JAX {versions['packages']['jax']}.",
+        f"- Reference model on the public test split: "
+        f"{span(bench['reference_test_accuracy'], 100, 1)} %; the weakest of the 16 uniform "
+        f"sub-networks: {span(bench['lowest_grid_test_accuracy'], 100, 1)} %.",
+        f"- Uplink: {span(up, 100, 0)} % of sending every raw training image up; downlink: "
+        f"{span(down, 100, 0)} % of sending every finished model down.",
+        f"- Peak memory {span(bench['peak_memory_bytes'], 1e-9, 2)} GB; supernet training reaches "
+        f"{span(bench['supernet_fraction'], 100, 0)} % of the matrix-product peak measured in the "
+        f"same process ({span(bench['matmul_peak_flops_per_s'], 1e-9, 0)} GFLOP/s).",
+    ]
+
+
+def main() -> None:
+    """Fills every table of README.md."""
+    bench = json.loads((ROOT / "docs" / "bench_main.json").read_text())
+    path = ROOT / "README.md"
+    text = path.read_text()
+    for name, table in {"accuracy": accuracy, "phases": phases, "facts": facts}.items():
+        body = "\n".join(table(bench))
+        pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
+        text, found = re.subn(pattern, lambda m, b=body: f"{m[1]}{b}\n{m[2]}", text, flags=re.S)
+        if found != 1:
+            raise SystemExit(f"README.md has {found} places for table {name}; expected one")
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
