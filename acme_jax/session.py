@@ -136,6 +136,20 @@ class Session:
         """After the last phase: drops metrics that an earlier start wrote beyond it."""
         self._catch_up(None)
 
+    def abandon(self) -> None:
+        """Before any work: removes what a new run has written, so that its directory is free.
+
+        For bad input; otherwise the mended command line would find "another run" there.
+        """
+        self.run.close()
+        path = self.run.path
+        if self._root.exists() or (path / "metrics.jsonl").exists():
+            return
+        for name in ("config.json", "versions.json", "run.log"):
+            (path / name).unlink(missing_ok=True)
+        if not any(path.iterdir()):
+            path.rmdir()
+
     def say(self, text: str) -> None:
         """Shows one line and writes it to the log."""
         self.reporter.say(text)

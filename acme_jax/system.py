@@ -88,7 +88,11 @@ def run(
         with reporter or Reporter() as shown, stop_on_signals() as stop:
             session = Session(directory, shown, stop)
             with session.phase("data and devices"):
-                context = make_context(config, session)
+                try:
+                    context = make_context(config, session)
+                except ValueError:
+                    session.abandon()
+                    raise
             post = Post()
             clusters = register_devices(context, post)
             made = cloud_tier(context, clusters)

@@ -18,6 +18,9 @@ from acme_jax import layout
 from acme_jax.config import Config
 from acme_jax.presets import get
 
+FORESEEN = ("ConfigError", "DataError", "RunError", "CheckpointError", "NonFiniteLossError")
+"""Errors whose message is all that a user needs; by name, because they are imported late."""
+
 STOPPED = 143
 """Exit status after SIGTERM or Ctrl-C: 128 + 15, as a shell reports a terminated process."""
 
@@ -51,7 +54,7 @@ def main(argv: list[str]) -> int:
         if name == "StoppedError":
             print(error, file=sys.stderr)
             return STOPPED
-        if isinstance(error, ValueError) or name == "NonFiniteLossError":
+        if name in FORESEEN or isinstance(error, OSError):
             print(f"error: {error}", file=sys.stderr)
             return 2
         raise

@@ -1,5 +1,6 @@
 """A device's exported folder: what comes back computes what was saved, and needs nothing else."""
 
+import functools
 import json
 import shutil
 
@@ -27,6 +28,13 @@ DIMS = HeaderDims(
 WEIGHTED = ((0, OPS.index("sep3x3"), 1, OPS.index("maxpool3")),)
 PLAIN = ((0, OPS.index("identity"), 1, OPS.index("avgpool3")),)
 """No operation of this cell has weights."""
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def in_memory(backbone, weights, cell, mask, images):
+    """Logits of the parts, as the devices train them."""
+    tokens = slicing.features(backbone, images, CONFIG)
+    return header.apply(weights, cell, DIMS, tokens, mask=mask)
 
 
 def make_model(cell=WEIGHTED):
@@ -62,8 +70,7 @@ def test_loaded_model_is_the_saved_one_and_needs_only_its_folder(tmp_path, cell)
     tiny.assert_trees_equal(loaded.backbone, model.backbone)
     tiny.assert_trees_equal(loaded.header, model.header)
     np.testing.assert_array_equal(loaded.mask, model.mask)
-    tokens = slicing.features(model.backbone, images, CONFIG)
-    expected = header.apply(model.header, cell, DIMS, tokens, mask=model.mask)
+    expected = in_memory(model.backbone, model.header, cell, model.mask, images)
     np.testing.assert_allclose(loaded.logits(images), expected, rtol=1e-5, atol=1e-6)
     classes = loaded.predict(np.asarray(images))
     assert isinstance(classes, np.ndarray)
@@ -73,9 +80,12 @@ def test_loaded_model_is_the_saved_one_and_needs_only_its_folder(tmp_path, cell)
 
 def test_the_mask_counts():
     model, images = make_model(), tiny.make_images(7)[0]
-    tokens = slicing.features(model.backbone, images, CONFIG)
-    unpruned = header.apply(model.header, WEIGHTED, DIMS, tokens)
-    assert np.abs(model.logits(images) - unpruned).max() > 1e-3
+    logits = [
+        in_memory(model.backbone, model.header, WEIGHTED, mask, images)
+        for mask in (model.mask, np.ones_like(model.mask))
+    ]
+    np.testing.assert_allclose(model.logits(images), logits[0], rtol=1e-5, atol=1e-6)
+    assert np.abs(logits[0] - logits[1]).max() > 1e-3
 
 
 def test_facts_are_readable(folder):

@@ -286,7 +286,6 @@ def test_non_finite_loss_names_its_place_and_keeps_the_last_good_checkpoint(
     path = tmp_path / "run"
     with pytest.raises(NonFiniteLossError, match=f"the loss became nan in {where}; .*Lower the"):
         run(path, bad=bad)
-    assert b"null" not in metrics(path) if (path / "metrics.jsonl").exists() else True
     for phase, step in newest:
         store = CheckpointStore(path / "checkpoints" / phase)
         state = store.restore_latest()
