@@ -67,7 +67,7 @@ def test_fingerprint_follows_what_changes_results_and_nothing_else():
     changed = [
         dataclasses.replace(config, seed=1),
         dataclasses.replace(config, model=ModelConfig(num_layers=5)),
-        dataclasses.replace(config, width=TrainConfig(epochs=3)),
+        dataclasses.replace(config, reference=TrainConfig(epochs=3)),
         dataclasses.replace(config, fleet=FleetConfig(budgets=(0.3, 0.55))),
     ]
     prints = {c.fingerprint() for c in [config, *changed]}

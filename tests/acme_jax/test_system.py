@@ -7,6 +7,7 @@ of its time is compilation. A first, uninterrupted run fills the cache.
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,20 +25,44 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "run_acme.py"
 PATIENCE_S = 400
 """A cold start on a busy machine takes two minutes."""
 
-# Checkpoints every 2 of 3 or 5 units: a kill may cost units, which are then done again.
-ARGUMENTS = """
-smoke --data.public-train 200 --data.public-select 100 --data.public-test 100
---model.patch-size 4 --model.embed-dim 16 --model.num-layers 2 --model.num-heads 2
---model.num-neurons 16
---reference.epochs 3 --distill.width.epochs 2 --distill.depth.epochs 5
---search.population-size 4 --search.num-generations 2 --search.fractions 0.5 1.0
---fleet.num-edges 1 --fleet.devices-per-edge 3 --fleet.budgets 0.9
---fleet.samples-per-device 40
---header.blocks 1 --header.channels 8 --header.search-epochs 1 --header.controller-steps 2
---header.num-candidates 2 --header.final-epochs 1
---refine.rounds 5 --refine.prune-per-round 2
---compute.checkpoint-every 2
-""".split()
+OPTIONS = {
+    "data": {"public-train": 200, "public-select": 100, "public-test": 100},
+    "model": {
+        "patch-size": 4,
+        "embed-dim": 16,
+        "num-layers": 2,
+        "num-heads": 2,
+        "num-neurons": 16,
+    },
+    "reference": {"epochs": 3},
+    "distill": {"width.epochs": 2, "depth.epochs": 5},
+    "search": {"population-size": 4, "num-generations": 2},
+    "fleet": {
+        "num-edges": 1,
+        "devices-per-edge": 3,
+        "budgets": 0.9,
+        "samples-per-device": 40,
+    },
+    "header": {
+        "blocks": 1,
+        "channels": 8,
+        "search-epochs": 1,
+        "controller-steps": 2,
+        "num-candidates": 2,
+        "final-epochs": 1,
+    },
+    "refine": {"rounds": 5, "prune-per-round": 2},
+    # Of 3 or 5 units: a kill may cost units, which are then done again.
+    "compute": {"checkpoint-every": 2},
+}
+"""Changes to the preset `smoke`, whose search space has two fractions."""
+
+ARGUMENTS = [
+    word
+    for section, options in OPTIONS.items()
+    for name, value in options.items()
+    for word in (f"--{section}.{name}", str(value))
+]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +85,15 @@ def start(run_dir, cache, *arguments, num_devices=2):
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, str(SCRIPT), *ARGUMENTS, "--run-dir", str(run_dir), *arguments]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "smoke",
+        *ARGUMENTS,
+        "--run-dir",
+        str(run_dir),
+        *arguments,
+    ]
     with output_file(run_dir).open("a") as output:
         return subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
@@ -216,6 +249,21 @@ def test_sigterm_saves_exits_and_resumes(whole, cache, tmp_path):
     complete(path, cache, "--resume")
     assert_identical(path, whole)
     assert f"depth distillation: continues at {done} of 5" in (path / "run.log").read_text()
+
+
+def test_diverging_run_names_its_place_and_keeps_what_was_good(whole, cache, tmp_path):
+    path = tmp_path / "run"
+    process = start(path, cache, "--distill.width.learning-rate", "1e30")
+    try:
+        assert process.wait(PATIENCE_S) == 2
+    finally:
+        process.kill()
+    last = output_file(path).read_text().splitlines()[-1]
+    place = r"phase width distillation, epoch or round 1, step \d+"
+    assert re.match(f"error: the loss became (nan|inf) in {place}; the newest checkpoint", last)
+    kept = "reference model/step_00000003/manifest.json"
+    assert (path / "checkpoints" / kept).read_bytes() == (whole / "checkpoints" / kept).read_bytes()
+    assert checkpoints(path, "width distillation") == set()
 
 
 def test_exported_models_have_the_reported_accuracy(whole):
