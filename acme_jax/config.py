@@ -263,8 +263,9 @@ class RefineConfig:
     prune_per_round: int = 10
     """N: exactly this many further gates are pruned each round."""
     similarity: Similarity = "per_dimension"
-    temperature: float = 0.02
-    """tau of the softmax over similarities; 1 is the original code's."""
+    temperature: float = 0.1
+    """tau of the softmax over similarities. The original code has 1, nearly uniform weights; at
+    0.02 devices listen to themselves alone."""
     smoothing: float = 0.9
     """Weight of the past in the device's smoothed importance."""
     num_quantiles: int = 32

@@ -177,8 +177,8 @@ def figure_grid(results: Results) -> Figure | None:
         axis.text(
             *place, text, ha="center", va="center", color=ink(image, 100 * point["test_accuracy"])
         )
-    axis.set_xticks(range(len(widths)), [f"{w:g}" for w in widths])
-    axis.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
+    axis.set_xticks(range(len(widths)), [f"{w:.2g}" for w in widths])
+    axis.set_yticks(range(len(depths)), [f"{d:.2g}" for d in depths])
     axis.set_xlabel("width: part of the heads and neurons kept")
     axis.set_ylabel("depth: part of the blocks kept")
     axis.set_title("One supernet, 16 sizes: test accuracy without further training", size=11)
