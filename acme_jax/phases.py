@@ -74,6 +74,9 @@ def train(
         bad = np.flatnonzero(~np.isfinite(values["loss"]))
         if bad.size:
             row["bad_step"] = int(bad[0]) + 1
+        elif not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+            # The last update broke what the next epoch would show: do not keep it.
+            row |= {"loss": math.nan, "bad_step": values["loss"].size}
         return state, [{"epoch": index + 1, **row}]
 
     state = context.session.loop(

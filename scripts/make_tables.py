@@ -78,9 +78,12 @@ def main() -> None:
     for name, table in {"accuracy": accuracy, "phases": phases, "facts": facts}.items():
         body = "\n".join(table(bench))
         pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda m, b=body: f"{m[1]}{b}\n{m[2]}", text, flags=re.S)
-        if found != 1:
-            raise SystemExit(f"README.md has {found} places for table {name}; expected one")
+        parts = re.split(pattern, text, flags=re.S)
+        if len(parts) != 4:
+            raise SystemExit(
+                f"README.md has {len(parts) // 3} places for table {name}, expected one"
+            )
+        text = f"{parts[0]}{parts[1]}{body}\n{parts[2]}{parts[3]}"
     path.write_text(text)
 
 
