@@ -262,6 +262,9 @@ class RefineConfig:
     weight_decay: float = 1e-4
     prune_per_round: int = 10
     """N: exactly this many further gates are pruned each round."""
+    max_pruned_fraction: float = 0.3
+    """Lowers N for an edge whose header has so few gates that N a round would prune more
+    than this part of them in all (a cell of pools and identities has hardly any)."""
     similarity: Similarity = "per_dimension"
     temperature: float = 0.1
     """tau of the softmax over similarities. The original code has 1, nearly uniform weights; at
@@ -277,6 +280,10 @@ class RefineConfig:
             self, "rounds", "batch_size", "learning_rate", "temperature", "num_quantiles"
         )
         _check(self.prune_per_round >= 0, "RefineConfig.prune_per_round must not be negative")
+        _check(
+            0.0 <= self.max_pruned_fraction < 1.0,
+            f"RefineConfig.max_pruned_fraction must be in [0, 1), got {self.max_pruned_fraction}",
+        )
         for name in ("momentum", "smoothing"):
             value = getattr(self, name)
             _check(0.0 <= value < 1.0, f"RefineConfig.{name} must be in [0, 1), got {value}")

@@ -127,6 +127,13 @@ def exchange_sketches(context: Context, post: Post, edge: int, cls: ClientData) 
     return host
 
 
+def gates_per_round(context: Context, cell: StaticCell) -> int:
+    """N for an edge: `prune_per_round`, less where the cell has too few gates for it."""
+    config = context.config.refine
+    gates = header_slots.gate_positions(context.header_dims, cell).size
+    return min(config.prune_per_round, int(config.max_pruned_fraction * gates / config.rounds))
+
+
 def initial_cohort(
     context: Context, cell: StaticCell, params: Params, linear: Params, mixing: Mixing
 ) -> Cohort:
@@ -134,7 +141,7 @@ def initial_cohort(
     config, count = context.config.refine, mixing.avg.shape[0]
     states = [
         device_tier.init_device(params, cell, context.header_dims, number, config)
-        for number in (0, *[config.prune_per_round] * (len(METHODS) - 1))
+        for number in (0, *[gates_per_round(context, cell)] * (len(METHODS) - 1))
     ]
     devices = jax.tree.map(
         lambda *leaves: jnp.asarray(np.repeat(np.stack(leaves), count, axis=0)), *states
@@ -181,6 +188,11 @@ def run_edge(
     first = METHODS.index("wasserstein") * count
     acme = range(first, first + count)
     gates = header_slots.gate_positions(context.header_dims, cell)
+    if (number := gates_per_round(context, cell)) < config.prune_per_round:
+        context.session.say(
+            f"edge {edge}: the header has {gates.size} gates, so {number} instead of "
+            f"{config.prune_per_round} are pruned a round (refine.max_pruned_fraction)"
+        )
     ids = jnp.asarray([d.id for d in context.devices if d.edge == edge], jnp.int32)
     key = context.stream(Stream.REFINE, edge)
     data = replicate(data, context.mesh)
