@@ -58,7 +58,8 @@ def facts(bench: dict[str, Any]) -> list[str]:
     hardware, versions = bench["hardware"], bench["versions"]
     return [
         f"- Measured on {bench['date']} with seeds {bench['seeds']}: `{bench['command']}`, "
-        f"{hardware}, Python {versions['python']}, JAX {versions['packages']['jax']}.",
+        f"commit {bench['commit'][:9]}, {hardware['cpu_cores']} cores of {hardware['cpu']}, "
+        f"Python {versions['python']}, JAX {versions['packages']['jax']}.",
         f"- Reference model on the public test split: "
         f"{span(bench['reference_test_accuracy'], 100, 1)} %; the weakest of the 16 uniform "
         f"sub-networks: {span(bench['lowest_grid_test_accuracy'], 100, 1)} %.",
