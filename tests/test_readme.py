@@ -18,7 +18,3 @@ def test_block_runs(title):
     else:
         assert names["params"].shape == (4,)
         assert float(abs(names["params"]).sum()) > 0
-
-
-def test_blocks_are_about_ten_lines():
-    assert all(len(code.splitlines()) <= 20 for _, code in BLOCKS)

@@ -53,7 +53,8 @@ OPTIONS = {
         "num-candidates": 2,
         "final-epochs": 1,
     },
-    "refine": {"rounds": 5, "prune-per-round": 2},
+    # A small header has few gates: the cap must not lower N here.
+    "refine": {"rounds": 5, "prune-per-round": 2, "max-pruned-fraction": 0.9},
     # Of 3 or 5 units: a kill may cost units, which are then done again.
     "compute": {"checkpoint-every": 2},
 }
