@@ -30,10 +30,10 @@ from acme_jax.header_training import (
     policy_programs,
     restart,
 )
+from acme_jax.vit import Params
 from nas import cells
 from nas.cells import Cell, StaticCell
 
-Params = dict[str, Any]
 Progress = Callable[[Mapping[str, float | str]], None]
 
 _OVERSAMPLING = 4

@@ -43,11 +43,9 @@ from acme_jax.header_layout import (
     slot_genes,
     weighted_slots,
 )
+from acme_jax.vit import Params
 from nas import cells
 from nas.cells import Cell, StaticCell
-
-Params = dict[str, Any]
-
 
 __all__ = [
     "GateLayout",

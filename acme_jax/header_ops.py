@@ -18,9 +18,8 @@ import numpy as np
 from jax import lax
 
 from acme_jax.header_layout import HeaderDims
+from acme_jax.vit import Params
 from nas.cells import OPS
-
-Params = dict[str, Any]
 
 NOISE = 0.5
 """Size of the random part of a near-identity weight, in units of the usual fan-in scale."""

@@ -31,10 +31,9 @@ from acme_jax.header_layout import (
     num_gates,
     weighted_slots,
 )
+from acme_jax.vit import Params
 from nas import cells
 from nas.cells import OPS, Cell, StaticCell
-
-Params = dict[str, Any]
 
 
 def num_points(dims: HeaderDims) -> int:

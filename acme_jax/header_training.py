@@ -19,10 +19,9 @@ from jax import lax
 from acme_jax import header
 from acme_jax.config import HeaderConfig
 from acme_jax.header import HeaderDims
+from acme_jax.vit import Params
 from nas import controller
 from nas.cells import Cell, CellSpace
-
-Params = dict[str, Any]
 
 WEIGHT_DECAY = 1e-4
 CLIP_NORM = 5.0
