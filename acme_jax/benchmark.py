@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
+from acme_jax import concrete
 from acme_jax.layout import AXIS
 from acme_jax.progress import PhaseTime
 from acme_jax.training import steps_per_epoch
 from acme_jax.vit import ViTConfig
-from nas import cost
 from nas.arch import Arch, ArchSpace, full
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def training_rates(context: Context, phases: Sequence[PhaseTime]) -> dict[str, f
 
 def reference_flops(vit: ViTConfig, space: ArchSpace) -> float:
     """FLOPs per image and step of the full network: forward and both gradients."""
-    return 3.0 * float(cost.num_flops(vit.dims, full(space)))
+    return 3.0 * float(concrete.num_flops(vit.dims, full(space)))
 
 
 def distillation_flops(
@@ -112,4 +112,4 @@ def forward_flops(vit: ViTConfig, space: ArchSpace, depth: int, heads: int, neur
         jnp.full(layers, heads, jnp.int32),
         jnp.full(layers, neurons, jnp.int32),
     )
-    return float(cost.num_flops(vit.dims, arch))
+    return float(concrete.num_flops(vit.dims, arch))

@@ -5,6 +5,7 @@ Training itself is `acme_jax.training` with the gradients of `acme_jax.distill`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from acme_jax.layout import map_parts
 from acme_jax.vit import Params, ViTConfig
 from nas import cost, nsga2, pareto
 from nas.arch import Arch, ArchMask, ArchSpace, to_mask
-from nas.cost import DeviceProfile, ModelDims
+from nas.cost import CostModel, ModelDims
 from nas.importance import ImportanceOrder, importance_order, taylor_importance
 
 OBJECTIVES = ("error", "size_bytes", "latency_s", "energy_j")
@@ -94,6 +95,13 @@ def measure_importance(
     zeros = (jnp.zeros_like(ones.head), jnp.zeros_like(ones.neuron))
     (heads, neurons), _ = lax.scan(add, zeros, batches)
     return importance_order(heads, neurons)
+
+
+def reorder_by_importance(
+    params: Params, images: Array, labels: Array, config: ViTConfig
+) -> Params:
+    """The network with heads and neurons in the order that `measure_importance` finds."""
+    return reorder(params, measure_importance(params, images, labels, config))
 
 
 def reorder(params: Params, order: ImportanceOrder) -> Params:
@@ -169,7 +177,7 @@ def _runs_dense(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def costs(dims: ModelDims, archs: Arch, profile: DeviceProfile) -> Array:
+def costs(dims: ModelDims, archs: Arch, profile: CostModel) -> Array:
     """Size, latency and energy [P, 3] of backbones, in the order of `OBJECTIVES`."""
 
     def one(arch: Arch) -> Array:
@@ -193,7 +201,7 @@ def make_evaluate(
     mesh: Mesh,
     *,
     dims: ModelDims,
-    profile: DeviceProfile,
+    profile: CostModel,
     size_limit: float,
 ) -> Callable[[Arch], tuple[Array, Array]]:
     """The fitness of the search: objectives [P, 4] and how far each is above the size limit.
@@ -206,7 +214,7 @@ def make_evaluate(
       space: the choices.
       mesh: see `accuracy`.
       dims: what counts as size, e.g. without the classifier.
-      profile: the device that latency and energy are modelled for.
+      profile: the device whose latency and energy count, assumed or measured.
       size_limit: bytes; a larger sub-network violates the constraint by the excess fraction.
     """
 
@@ -225,12 +233,16 @@ def check_limits(dims: ModelDims, space: ArchSpace, limits: Sequence[float]) -> 
     Raises:
       ConfigError: names the edge and the smallest possible size.
     """
-    smallest = Arch(
-        jnp.int32(min(space.depth_choices)),
-        jnp.full(space.num_layers, min(space.head_choices), jnp.int32),
-        jnp.full(space.num_layers, min(space.neuron_choices), jnp.int32),
-    )
-    size = int(cost.size_bytes(dims, smallest))
+
+    def smallest() -> Array:
+        arch = Arch(
+            jnp.int32(min(space.depth_choices)),
+            jnp.full(space.num_layers, min(space.head_choices), jnp.int32),
+            jnp.full(space.num_layers, min(space.neuron_choices), jnp.int32),
+        )
+        return cost.size_bytes(dims, arch)
+
+    size = int(jax.jit(smallest)())
     for edge, limit in enumerate(limits):
         if limit < size:
             raise ConfigError(
@@ -251,22 +263,25 @@ def choose_backbones(
     Raises:
       ConfigError: the search found nothing that fits an edge.
     """
-    archive = state.archive
-    size = archive.objectives[:, SIZE_COLUMN]
+    archive = jax.tree.map(np.asarray, state.archive)
 
-    def pick(rule: pareto.Rule) -> pareto.Selection:
+    @functools.partial(jax.jit, static_argnums=2)
+    def pick(objectives: Array, limits: Array, rule: pareto.Rule) -> pareto.Selection:
         return jax.vmap(
             lambda limit: pareto.select(
-                archive.objectives,
-                size,
+                objectives,
+                objectives[:, SIZE_COLUMN],
                 limit,
                 rule=rule,
                 energy_column=ENERGY_COLUMN,
                 num_divisions=config.num_divisions,
             )
-        )(jnp.asarray(limits, jnp.float32))
+        )(limits)
 
-    chosen, fallback = pick(config.rule), pick("lowest_error")
+    within = np.asarray(limits, np.float32)
+    chosen, fallback = (
+        pick(archive.objectives, within, rule) for rule in (config.rule, "lowest_error")
+    )
     choices = []
     for edge in range(len(limits)):
         selection = chosen if bool(chosen.feasible[edge]) else fallback
@@ -276,6 +291,6 @@ def choose_backbones(
                 f"{edge}; raise search.num_generations or fleet.budgets"
             )
         index = int(selection.index[edge])
-        arch = jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), archive.genomes)
-        choices.append(Choice(index, arch, np.asarray(archive.objectives[index])))
+        arch = jax.tree.map(lambda leaf, index=index: leaf[index], archive.genomes)
+        choices.append(Choice(index, arch, archive.objectives[index]))
     return choices

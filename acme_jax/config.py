@@ -155,6 +155,8 @@ class SearchConfig:
     """Widths and depths of the uniform grid; also the choices of each layer."""
     per_layer: bool = True
     """Search heads and neurons per layer; False searches the uniform 4 x 4 grid."""
+    latency_table: str | None = None
+    """File of latencies measured by `scripts/profile_device.py`; None: an assumed device."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "rule", SelectionRule)
@@ -291,7 +293,7 @@ class RefineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How the work is laid out on the hardware; results do not depend on it."""
+    """How the work is compiled and laid out; results depend on it only by rounding."""
 
     num_devices: int | None = None
     """JAX devices to use; None: every accelerator, or one host device per CPU core."""
@@ -299,6 +301,8 @@ class ComputeConfig:
     """Clients in one vmapped chunk; None chooses by backend (CPU: 1)."""
     checkpoint_every: int = 5
     """Epochs or rounds between checkpoints inside a phase."""
+    fast_compile: bool = False
+    """Leave out XLA's expensive passes: for short runs, which mostly compile."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "checkpoint_every")
@@ -340,7 +344,7 @@ class Config:
     def fingerprint(self) -> str:
         """Identifies the experiment: equal for configurations with equal results.
 
-        The compute layout is left out, because results do not depend on it.
+        How the work is compiled and laid out is left out: it changes results only by rounding.
         """
         plain = self.to_dict()
         plain.pop("compute")

@@ -14,16 +14,16 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from acme_jax import cloud, datasets, layout, training
+from acme_jax import cloud, concrete, datasets, layout, profiling, training
 from acme_jax.config import Config, ConfigError
-from acme_jax.fleet import Device, make_fleet
+from acme_jax.fleet import REFERENCE_PROFILE, Device, make_fleet
 from acme_jax.header_layout import HeaderDims, max_num_params
 from acme_jax.session import Session
 from acme_jax.splits import Splits, make_splits
 from acme_jax.vit import ViTConfig
-from nas import cost
 from nas.arch import ArchSpace, full
-from nas.cost import ModelDims
+from nas.cost import CostModel, ModelDims
+from nas.latency_table import LatencyTable, scaled
 
 BYTES_PER_PARAM = 4
 
@@ -66,6 +66,8 @@ class Context:
     splits: Splits
     public: Public
     devices: list[Device]
+    cost_model: CostModel
+    """The device that the search has in mind: assumed, or measured (`search.latency_table`)."""
 
     @property
     def key(self) -> Array:
@@ -80,6 +82,12 @@ class Context:
     def full_bytes(self) -> int:
         """Size of the full backbone and the largest header: budgets are fractions of it."""
         return _full_bytes(self.backbone_dims, self.space, self.header_dims)
+
+    def device_cost_model(self, device: Device) -> CostModel:
+        """`cost_model` for one device: a measured table is as much slower as its profile."""
+        if not isinstance(self.cost_model, LatencyTable):
+            return device.profile
+        return scaled(self.cost_model, REFERENCE_PROFILE.flops_per_s / device.profile.flops_per_s)
 
     @property
     def header_reserve_bytes(self) -> int:
@@ -123,6 +131,10 @@ def make_context(config: Config, session: Session) -> Context:
         num_layers=config.header.repeats + 2,
     )
     backbone_dims = dataclasses.replace(vit.dims, num_classes=0)
+    cost_model: CostModel = REFERENCE_PROFILE
+    if config.search.latency_table is not None:
+        path = config.search.latency_table
+        cost_model = profiling.load_table(path, backbone_dims, space, REFERENCE_PROFILE)
     splits = make_splits(dataset, config.data, config.seed)
     for phase in (config.reference, config.distill.width, config.distill.depth):
         training.steps_per_epoch(len(splits.train), phase)
@@ -156,6 +168,7 @@ def make_context(config: Config, session: Session) -> Context:
             )
         ),
         devices=devices,
+        cost_model=cost_model,
     )
     cloud.check_limits(
         backbone_dims,
@@ -175,5 +188,5 @@ def proxy_indices(context: Context) -> np.ndarray:
 
 
 def _full_bytes(dims: ModelDims, space: ArchSpace, header_dims: HeaderDims) -> int:
-    backbone = int(cost.size_bytes(dims, full(space)))
+    backbone = int(concrete.size_bytes(dims, full(space)))
     return backbone + BYTES_PER_PARAM * max_num_params(header_dims)

@@ -89,7 +89,10 @@ def init_device(
     return DeviceState(
         cell=Cell(*cast(Any, (inputs, ops))),
         params=slots,
-        momentum=optimizer(config).init(slots),
+        momentum=jax.tree.map(  # zero at first
+            lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(optimizer(config).init, slots),
+        ),
         mask=cast(Any, mask),
         smoothed=cast(Any, np.zeros_like(mask)),
         rounds=cast(Any, np.int32(0)),

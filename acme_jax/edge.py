@@ -109,11 +109,12 @@ def search_header(
 
     children, state, rows = programs.init(child_key), policy.init(policy_key), []
     for epoch in range(config.search_epochs):
-        cells_key, train_key, reward_key = jax.random.split(
-            jax.random.fold_in(epochs_key, epoch), 3
+        # five keys like above, because splitting in another number is another program
+        cells_key, train_key, reward_key, *_ = jax.random.split(
+            jax.random.fold_in(epochs_key, epoch), 5
         )
-        drawn = policy.draw(jax.random.split(cells_key, num_drawn), state)
-        chosen = jax.tree.map(lambda genes: genes[:steps], drawn)
+        drawn = policy.draw(cells_key, state, num_drawn)
+        chosen = jax.tree.map(lambda genes: np.asarray(genes)[:steps], drawn)
         children, loss = programs.epoch(
             train_key, children, chosen, config.search_epochs * steps, train
         )
@@ -122,8 +123,8 @@ def search_header(
         numbers = dict(zip(("loss", "reward", "entropy"), rows[-1], strict=True))
         report({"phase": "header_search", "epoch": epoch, **numbers})
 
-    keys = jax.random.split(candidate_key, num_drawn)
-    candidates = _distinct(policy.draw(keys, state), config.num_candidates)
+    drawn = policy.draw(candidate_key, state, num_drawn)
+    candidates = _distinct(drawn, config.num_candidates)
     genomes = [cells.from_static(cell) for cell in candidates]
     accuracies = np.asarray(
         [float(programs.accuracy(children.params, genome, select)) for genome in genomes]
@@ -138,7 +139,7 @@ def search_header(
     columns = np.asarray(rows).T
     return HeaderSearch(
         cell=winner,
-        params=header.extract(params, winner, dims),
+        params=header.extract(jax.device_get(params), winner, dims),
         gate_layout=header.gate_layout(dims, winner),
         candidate_cells=tuple(candidates[index] for index in order),
         candidate_accuracies=accuracies[order],
@@ -190,7 +191,7 @@ def _fit(
 ) -> tuple[Params, np.ndarray]:
     """Trains one choice for `final_epochs`; returns the weights and the loss of each epoch."""
     steps, losses = _steps(train, config), []
-    choices = jax.tree.map(lambda gene: jnp.stack([gene] * steps), choice)
+    choices = jax.tree.map(lambda gene: np.stack([np.asarray(gene)] * steps), choice)
     for epoch in range(config.final_epochs):
         epoch_key = jax.random.fold_in(key, epoch)
         state, loss = programs.epoch(epoch_key, state, choices, config.final_epochs * steps, train)

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from acme_jax import header_ops, header_slots
@@ -66,7 +67,7 @@ __all__ = [
 
 
 def init_shared(key: jax.Array, dims: HeaderDims) -> Params:
-    """Draws the search supernet's weights; call it outside jit (its draws compile once).
+    """Draws the search supernet's weights.
 
     Operation leaves lead with [L, S, N, 3]: layer, slot (2 * block + side), input node and
     separable convolution, in the order of `KERNEL_SIZES`; all kernels are stored
@@ -100,7 +101,7 @@ def extract(shared: Params, cell: StaticCell, dims: HeaderDims) -> Params:
         start = (LARGEST_KERNEL - size) // 2
         inner = slice(start, start + size)
         ops[str(slot)] = {**leaves, "depthwise": leaves["depthwise"][:, :, inner, inner]}
-    loose = jnp.asarray(cells.static_loose_ends(cell))
+    loose = np.asarray(cells.static_loose_ends(cell))
     kernel = shared["loose"]["kernel"][:, loose]
     return {**shared, "ops": ops, "loose": {**shared["loose"], "kernel": kernel}}
 

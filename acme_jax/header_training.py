@@ -55,7 +55,7 @@ class PolicyPrograms(NamedTuple):
 
     init: Callable[..., controller.ControllerState]  # key -> state
     epoch: Callable[..., Any]  # key, state, params, select -> state, (reward, entropy)
-    draw: Callable[..., Cell]  # keys [S], state -> cells [S]
+    draw: Callable[..., Cell]  # key, state, S -> cells [S]
 
 
 @functools.lru_cache(maxsize=8)
@@ -103,7 +103,7 @@ def header_programs(dims: HeaderDims, config: HeaderConfig, linear: bool) -> Hea
     def accuracy(params: Params, choice: Any, select: Dataset) -> jax.Array:
         return _accuracy(predict(params, choice, select.features), select.labels)
 
-    return HeaderPrograms(init, jax.jit(epoch), jax.jit(accuracy))
+    return HeaderPrograms(jax.jit(init), jax.jit(epoch), jax.jit(accuracy))
 
 
 @functools.lru_cache(maxsize=8)
@@ -128,10 +128,13 @@ def policy_programs(dims: HeaderDims, config: HeaderConfig) -> PolicyPrograms:
         state, numbers = lax.scan(step, state, jax.random.split(key, config.controller_steps))
         return state, jax.tree.map(jnp.mean, numbers)
 
-    draw = jax.vmap(policy.sample, in_axes=(0, None))
-    return PolicyPrograms(policy.init, jax.jit(epoch), jax.jit(draw))
+    def draw(key: jax.Array, state: controller.ControllerState, count: int) -> Cell:
+        return jax.vmap(policy.sample, in_axes=(0, None))(jax.random.split(key, count), state)
+
+    return PolicyPrograms(jax.jit(policy.init), jax.jit(epoch), jax.jit(draw, static_argnums=2))
 
 
+@jax.jit
 def restart(params: Params) -> TrainState:
     """Training state at step 0 from given weights."""
     return TrainState(params, _optimizer().init(params), jnp.zeros((), jnp.int32))

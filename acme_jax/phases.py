@@ -11,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from acme_jax import cloud, edge, header, training
+from acme_jax import cloud, concrete, edge, header, training
 from acme_jax.config import TrainConfig
 from acme_jax.context import Context, Stream, proxy_indices
-from acme_jax.fleet import REFERENCE_PROFILE
 from acme_jax.layout import replicate
 from acme_jax.session import Rows
 from acme_jax.training import GradFn, TrainState
 from acme_jax.vit import Params
 from nas import nsga2
-from nas.arch import Arch, full, grid
+from nas.arch import Arch, full
 from nas.cells import StaticCell
 from nas.nsga2 import SearchState
 
@@ -64,8 +63,7 @@ def train(
     key = context.stream(stream)
 
     def initial() -> TrainState:
-        # A copy, because the state is donated and the teacher may be the same parameters.
-        return training.init_state(jax.tree.map(jnp.copy, params), optimizer)
+        return training.init_state(params, optimizer)
 
     def advance(state: TrainState, index: int) -> tuple[TrainState, Rows]:
         state, metrics = epoch(key, replicate(state, mesh), lesson, schedule, images, labels)
@@ -98,7 +96,7 @@ def compiled_epoch(
 
 
 class SearchProgress(NamedTuple):
-    """The search's state and the history of its hypervolume."""
+    """The search's state and the history of its hypervolume, a part of the reference box."""
 
     state: SearchState
     hypervolume: Array  # [G]; NaN where not yet reached
@@ -107,7 +105,7 @@ class SearchProgress(NamedTuple):
 def search(context: Context, params: Params, size_limit: float) -> SearchProgress:
     """The Pareto search: generations run in compiled segments, evaluation inside."""
     config = context.config.search
-    start = grid(context.space)
+    start = jax.tree.map(np.asarray, concrete.grid(context.space))
     # Up to half of the first population, evenly from the smallest to the largest.
     room = min(config.population_size // 2, start.depth.shape[0])
     chosen = np.linspace(0, start.depth.shape[0] - 1, room).round().astype(int)
@@ -116,12 +114,6 @@ def search(context: Context, params: Params, size_limit: float) -> SearchProgres
         population_size=config.population_size,
         initial=jax.tree.map(lambda leaf: leaf[chosen], start),
     )
-    largest = cloud.costs(
-        context.backbone_dims,
-        jax.tree.map(lambda leaf: leaf[None], full(context.space)),
-        REFERENCE_PROFILE,
-    )[0]
-    reference = jnp.concatenate([jnp.ones(1), largest]) * 1.01
     key = context.stream(Stream.SEARCH)
     stride = math.gcd(config.num_generations, context.config.compute.checkpoint_every)
 
@@ -136,7 +128,7 @@ def search(context: Context, params: Params, size_limit: float) -> SearchProgres
             context.space,
             context.mesh,
             dims=context.backbone_dims,
-            profile=REFERENCE_PROFILE,
+            profile=context.cost_model,
             size_limit=size_limit,
         )
 
@@ -153,18 +145,24 @@ def search(context: Context, params: Params, size_limit: float) -> SearchProgres
         context.public.select_labels,
     )
 
+    @jax.jit
     def initial() -> SearchProgress:
+        largest = jax.tree.map(lambda leaf: leaf[None], full(context.space))
+        worst = cloud.costs(context.backbone_dims, largest, context.cost_model)[0]
+        reference = jnp.concatenate([jnp.ones(1), worst]) * 1.01
         state = nsga2.init_state(key, searcher, evaluator(*arrays), reference=reference)
         return SearchProgress(state, jnp.full(config.num_generations, jnp.nan))
 
     def advance(progress: SearchProgress, index: int) -> tuple[SearchProgress, Rows]:
         state, volumes = segment(replicate(progress.state, context.mesh), *arrays)
-        history = progress.hypervolume.at[index : index + stride].set(volumes)
+        history = np.array(progress.hypervolume)
+        # As a part of the box below the reference point, because the product of units says nothing.
+        history[index : index + stride] = np.asarray(volumes) / np.prod(np.asarray(state.reference))
         rows = [
             {"generation": index + offset + 1, "hypervolume": float(volume)}
-            for offset, volume in enumerate(volumes)
+            for offset, volume in enumerate(history[index : index + stride])
         ]
-        return SearchProgress(state, history), rows
+        return SearchProgress(state, jnp.asarray(history)), rows
 
     return context.session.loop(
         "pareto search",

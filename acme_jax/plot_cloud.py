@@ -203,7 +203,7 @@ def figure_hypervolume(results: Results) -> Figure | None:
         color=COLOURS[0],
     )
     axis.set_xlabel("generation")
-    axis.set_ylabel("hypervolume (more is better)")
+    axis.set_ylabel("hypervolume, part of the box\nbelow the reference (more is better)")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title("Progress of the Pareto search", size=11)
     axis.grid(axis="y", color="#eeeeee")

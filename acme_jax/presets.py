@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from acme_jax.config import (
+    ComputeConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -82,12 +83,13 @@ def smoke() -> Config:
         header=HeaderConfig(
             channels=16,
             search_epochs=2,
-            controller_steps=8,
+            controller_steps=5,
             num_candidates=4,
             final_epochs=3,
             batch_size=50,
         ),
         refine=RefineConfig(rounds=3, prune_per_round=4),
+        compute=ComputeConfig(fast_compile=True),
     )
 
 

@@ -114,7 +114,8 @@ def write_report(
         f"<h1>{html.escape(title)}</h1>",
         '<p class="soft">A simulation on one machine: one cloud, '
         f"{len(results.get('edges', ()))} edges and {len(results.get('devices', ()))} devices. "
-        "Latency and energy come from a model of the devices; nothing was measured on them.</p>",
+        "Latency and energy come from a model of the devices, or from a table measured on another "
+        "machine where one was given; nothing was measured on the devices.</p>",
         '<ul class="headlines">',
         *(f"<li>{html.escape(sentence)}</li>" for sentence in headlines(results, timing)),
         "</ul>",

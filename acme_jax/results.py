@@ -5,6 +5,7 @@ The only module that reads test data, once, after every choice has been made.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import numpy as np
 from acme_jax import (
     benchmark,
     cloud,
+    concrete,
     device_model,
     header_slots,
     messages,
@@ -35,8 +37,7 @@ from acme_jax.refine import METHODS, initial_cohort
 from acme_jax.run_dir import write_json
 from acme_jax.slicing import kept_blocks
 from fed.clients import ClientData
-from nas import cost
-from nas.arch import Arch, full, grid
+from nas.arch import Arch, full
 
 if TYPE_CHECKING:
     from acme_jax.system import Cloud, Edge
@@ -99,8 +100,8 @@ def evaluate(context: Context, post: Post, made: Cloud, edges: list[Edge]) -> di
         "reference": _reference(context, made),
         "full": {
             "size_bytes": context.full_bytes,
-            "num_params": int(cost.num_params(context.vit.dims, full(context.space))),
-            "num_flops": int(cost.num_flops(context.vit.dims, full(context.space))),
+            "num_params": int(concrete.num_params(context.vit.dims, full(context.space))),
+            "num_flops": int(concrete.num_flops(context.vit.dims, full(context.space))),
         },
         "grid": _grid(context, made),
         "search": _search(context, made),
@@ -170,7 +171,7 @@ _reference_logits = jax.jit(
 
 
 def _grid(context: Context, made: Cloud) -> list[dict[str, Any]]:
-    archs = grid(context.space)
+    archs = jax.tree.map(np.asarray, concrete.grid(context.space))
     accuracy = jax.jit(
         lambda params, images, labels: cloud.accuracy(
             params, images, labels, context.vit, context.space, archs, context.mesh
@@ -189,7 +190,9 @@ def _grid(context: Context, made: Cloud) -> list[dict[str, Any]]:
         return np.rint(values * len(images)) / len(splits[number])
 
     select, test = measured(0), measured(1)
-    sizes = jax.vmap(lambda arch: cost.size_bytes(context.backbone_dims, arch))(archs)
+    sizes = np.asarray(
+        jax.jit(jax.vmap(functools.partial(concrete.size_bytes, context.backbone_dims)))(archs)
+    )
     return [
         {
             "width": float(archs.heads[i, 0]) / context.vit.num_heads,
@@ -239,8 +242,8 @@ def _edge_row(context: Context, made: Cloud, edge: int, outcome: Edge) -> dict[s
         "neurons": np.asarray(arch.neurons).tolist(),
         "kept_layers": list(kept_blocks(arch)),
         "size_bytes": int(size),
-        "num_params": int(cost.num_params(context.backbone_dims, arch)),
-        "num_flops": int(cost.num_flops(context.backbone_dims, arch)),
+        "num_params": int(concrete.num_params(context.backbone_dims, arch)),
+        "num_flops": int(concrete.num_flops(context.backbone_dims, arch)),
         "latency_s": latency,
         "energy_j": energy,
         "select_accuracy": 1.0 - error,
@@ -318,13 +321,15 @@ def _device_row(
     accuracy: dict[str, float],
 ) -> dict[str, Any]:
     dims, cell = context.header_dims, outcome.header.cell
-    backbone_flops = int(cost.num_flops(context.backbone_dims, arch))
+    backbone_flops = int(concrete.num_flops(context.backbone_dims, arch))
     header_flops = int(num_flops(dims, cell, mask))
     header_bytes = BYTES_PER_PARAM * int(num_params(dims, cell, mask))
-    profile = device.profile
-    latency = float(cost.latency_s(context.backbone_dims, arch, profile))
-    energy = float(cost.energy_j(context.backbone_dims, arch, profile))
-    header_latency = header_flops / float(profile.flops_per_s)
+    profile, model = device.profile, context.device_cost_model(device)
+    latency = float(concrete.latency_s(context.backbone_dims, arch, model))
+    energy = float(concrete.energy_j(context.backbone_dims, arch, model))
+    # A measured table knows no headers: they run at the rate that the backbone reaches.
+    rate = float(profile.flops_per_s) if model is profile else backbone_flops / latency
+    header_latency = header_flops / rate
     return {
         "device": device.id,
         "edge": device.edge,
@@ -332,7 +337,7 @@ def _device_row(
         "num_train": len(device.train),
         "num_test": len(device.test),
         "labels": device.labels,
-        "size_bytes": int(cost.size_bytes(context.backbone_dims, arch)) + header_bytes,
+        "size_bytes": int(concrete.size_bytes(context.backbone_dims, arch)) + header_bytes,
         "num_flops": backbone_flops + header_flops,
         "latency_s": latency + header_latency,
         "energy_j": energy

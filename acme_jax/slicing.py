@@ -19,7 +19,7 @@ from nas.arch import Arch, keep_mask
 
 def kept_blocks(arch: Arch) -> tuple[int, ...]:
     """Indices of the blocks that a concrete genome keeps."""
-    mask = np.asarray(keep_mask(arch.heads.shape[-1], jnp.asarray(arch.depth)))
+    mask = np.asarray(keep_mask(arch.heads.shape[-1], np.int32(arch.depth)))
     return tuple(int(i) for i in np.flatnonzero(mask > 0))
 
 
@@ -27,7 +27,8 @@ def slice_params(params: Params, arch: Arch) -> Params:
     """Weights of one sub-network.
 
     Args:
-      params: of the supernet, `blocks` stacked along [L].
+      params: of the supernet, `blocks` stacked along [L]; NumPy leaves give NumPy leaves, which
+        saves the host a small program for every slice.
       arch: a concrete genome: depth [], heads [L], neurons [L].
 
     Returns:

@@ -134,12 +134,11 @@ def cloud_tier(context: Context, clusters: list[ClusterProfile]) -> Cloud:
         config.reference,
         phases.compiled_epoch(context, distill.reference_grad(vit), config.reference),
         Stream.REFERENCE,
-        supernet.init(context.stream(Stream.INIT), vit),
+        jax.jit(supernet.init, static_argnums=1)(context.stream(Stream.INIT), vit),
     )
     with context.session.phase("importance"):
-        measure = jax.jit(cloud.measure_importance, static_argnums=3)
-        order = measure(reference, public.select_images, public.select_labels, vit)
-        reference = cloud.reorder(reference, order)
+        reorder = jax.jit(cloud.reorder_by_importance, static_argnums=3)
+        reference = reorder(reference, public.select_images, public.select_labels, vit)
     space = context.space
     grad_fn = distill.distillation_grad(vit, space, config.distill.depths_per_step)
     # One program for both distillation phases: they differ in traced values only.
@@ -173,7 +172,7 @@ def edge_tier(
 ) -> Edge:
     """One edge: receive the backbone, search a header, send both down, refine with devices."""
     devices = edge_devices(context.devices, edge)
-    sliced = slicing.slice_params(supernet_params, choice.arch)
+    sliced = slicing.slice_params(jax.device_get(supernet_params), choice.arch)
     sliced = {name: leaf for name, leaf in sliced.items() if name != "classifier"}
     backbone = _as_jax(
         post.send(
@@ -181,9 +180,9 @@ def edge_tier(
         ).params
     )
     with context.session.phase(f"features, edge {edge}"):
-        proxy = context.public.train_images[proxy_indices(context)]
+        proxy = context.splits.train.images[proxy_indices(context)]
         train_features, _ = compute_features(context, backbone, proxy)
-        select_features, _ = compute_features(context, backbone, context.public.select_images)
+        select_features, _ = compute_features(context, backbone, context.splits.select.images)
         device_features = [
             compute_features(context, backbone, device.train.images) for device in devices
         ]

@@ -7,6 +7,7 @@ in a fixed order, so that a run's results do not depend on the number of devices
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,17 +86,24 @@ def learning_rate(schedule: Schedule, step: Array) -> Array:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Adam's direction after clipping by global norm; rate and decay come from the schedule.
+    """Adam's direction after clipping by global norm; rate and decay come from the schedule."""
+    return _clipped_adam(config.clip_norm)
+
+
+@functools.lru_cache(maxsize=8)
+def _clipped_adam(clip_norm: float) -> optax.GradientTransformation:
+    """Cached, so that equal optimisers are one and programs that close over one are shared.
 
     All parameters as one vector, because every leaf of its own would add to compile time.
     """
-    adam = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.scale_by_adam())
+    adam = optax.chain(optax.clip_by_global_norm(clip_norm), optax.scale_by_adam())
     return optax.flatten(adam)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first epoch."""
-    return TrainState(params, optimizer.init(params), jnp.int32(0))
+    """State before the first epoch; a copy of the parameters, so that it may be donated."""
+    return TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0))
 
 
 def random_shift(key: Array, images: Array, max_shift: int) -> Array:

@@ -183,12 +183,12 @@ def kept_layers(num_layers: int, fraction: float) -> tuple[int, ...]:
     return tuple(math.floor(i / fraction) for i in range(round_fraction(num_layers, fraction)))
 
 
-def keep_mask(num_layers: int, depth: jax.Array) -> jax.Array:
+def keep_mask(num_layers: int, depth: jax.Array | np.integer) -> jax.Array:
     """Mask [L] of the blocks kept at an integer depth: block i iff i = floor(j L / depth).
 
-    `depth` [] is an integer from 1 to L and may be traced.
+    `depth` [] is an integer from 1 to L and may be traced; of a NumPy integer the mask is NumPy.
     """
-    block = jnp.arange(num_layers, dtype=jnp.int32)
+    block = np.arange(num_layers, dtype=np.int32)  # NumPy, so that a concrete depth stays NumPy
     # The only j that can map to block i is ceil(i depth / L).
     candidate = (block * depth + num_layers - 1) // num_layers
     return (candidate * num_layers // depth == block).astype(jnp.float32)

@@ -141,8 +141,8 @@ def from_static(cell: StaticCell) -> Cell:
       ValueError: the cell is invalid (see `validate`).
     """
     validate(cell)
-    genes = jnp.asarray(cell, jnp.int32)  # [B, 4]
-    return Cell(inputs=genes[:, 0::2], ops=genes[:, 1::2])
+    genes = np.asarray(cell, np.int32)  # [B, 4]
+    return Cell(inputs=jnp.asarray(genes[:, 0::2]), ops=jnp.asarray(genes[:, 1::2]))
 
 
 def describe(cell: StaticCell) -> str:

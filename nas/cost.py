@@ -1,8 +1,11 @@
 """What a sub-network costs: parameters, operations, bytes, modelled latency and energy.
 
 Everything is a pure function of one genome (`Arch`) or mask (`ArchMask`), traceable, and
-differentiable in relaxed masks; `vmap` over populations and over device profiles. Shape
-letters: L layers, D embedding, H heads, K head size, F neurons, T tokens.
+differentiable in relaxed masks; `vmap` over populations and over devices. Parameters,
+operations and bytes are exact. Latency and energy have one call form for three models of a
+device: a roofline (`DeviceProfile`), a measured table (`LatencyTable`), and ACME's own
+(`PaperConstants`); `nas.cost_fit` fits each to measurements. Shape letters: L layers,
+D embedding, H heads, K head size, F neurons, T tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nas import latency_table
 from nas.arch import Arch, ArchMask, keep_mask
+from nas.latency_table import LatencyTable
 
 _INT32_LIMIT = 2**31
 
@@ -62,7 +67,7 @@ class ModelDims:
 
 
 class DeviceProfile(NamedTuple):
-    """Constants of a device's latency and energy model; floats, or arrays to `vmap` over."""
+    """Constants of a roofline and its energy; floats, or arrays to `vmap` over."""
 
     flops_per_s: float | jax.Array
     bytes_per_s: float | jax.Array
@@ -70,6 +75,23 @@ class DeviceProfile(NamedTuple):
     idle_power_w: float | jax.Array
     energy_per_flop_j: float | jax.Array
     energy_per_byte_j: float | jax.Array
+
+
+class PaperConstants(NamedTuple):
+    """Constants of ACME's own cost models, with its defaults; a unit is a kept head."""
+
+    static_power_w: float = 100.0
+    power_per_unit_w: float = 10.0
+    memory_power_w: float = 128.0 * 50.0
+    base_latency_s: float = 1.0
+    latency_per_unit_s: float = 0.1
+    epochs: float = 10.0
+    size_per_width: float = 768.0
+    size_per_depth: float = 3_060_000.0
+
+
+CostModel = DeviceProfile | LatencyTable | PaperConstants
+"""A device, as `latency_s` and `energy_j` take it. All are records of arrays."""
 
 
 class _Linear(NamedTuple):
@@ -119,6 +141,11 @@ def _counts(dims: ModelDims, arch: Arch | ArchMask) -> tuple[jax.Array, jax.Arra
     return arch.block, arch.head.sum(-1), arch.neuron.sum(-1)
 
 
+def _float(count: jax.Array) -> jax.Array:
+    """A count as JAX's default float: exact below 2^24, with jax_enable_x64 below 2^53."""
+    return count.astype(jnp.result_type(float))
+
+
 def num_params(dims: ModelDims, arch: Arch | ArchMask) -> jax.Array:
     """Parameters [] of the sliced network, embedding, final norm and classifier included.
 
@@ -132,12 +159,14 @@ def num_params(dims: ModelDims, arch: Arch | ArchMask) -> jax.Array:
 
 
 def num_flops(dims: ModelDims, arch: Arch | ArchMask) -> jax.Array:
-    """Floating-point operations [] float32 of a forward pass of one example.
+    """Floating-point operations [] of a forward pass of one example, as a float.
 
-    Matrix products only, a multiply-add counting 2; norms, softmax, activations and biases
-    are left out, as is usual. The classifier reads the class token alone.
+    Matrix products only, a multiply-add counting 2: exactly the `dot_general`s of the sliced
+    network. Norms, softmax, activations and biases are left out, as is usual; XLA's own cost
+    analysis counts them, which adds about 20 % at an embedding of 64 (GELU 30 operations a
+    neuron) and shrinks as 1 / D. The classifier reads the class token alone.
     """
-    block, heads, neurons = (count.astype(jnp.float32) for count in _counts(dims, arch))
+    block, heads, neurons = (_float(count) for count in _counts(dims, arch))
     unit = _block_flops(dims)
     per_block = float(unit.per_head) * heads + float(unit.per_neuron) * neurons
     patches = 2.0 * (dims.num_tokens - 1) * dims.patch_dim * dims.embed_dim
@@ -148,58 +177,66 @@ def num_flops(dims: ModelDims, arch: Arch | ArchMask) -> jax.Array:
 def size_bytes(
     dims: ModelDims, arch: Arch | ArchMask, bytes_per_param: float | jax.Array = 4
 ) -> jax.Array:
-    """Bytes [] float32 of the sliced network's parameters (exact below 2^24 bytes)."""
-    return num_params(dims, arch).astype(jnp.float32) * bytes_per_param
+    """Bytes [] of the sliced network's parameters, as a float.
+
+    Exact below 2^24, with jax_enable_x64 below 2^53; so are operations.
+    """
+    return _float(num_params(dims, arch)) * bytes_per_param
 
 
 def latency_s(
     dims: ModelDims,
     arch: Arch | ArchMask,
-    profile: DeviceProfile,
+    profile: CostModel,
     bytes_per_param: float | jax.Array = 4,
 ) -> jax.Array:
-    """Modelled seconds [] of a forward pass of one example: a roofline plus overheads.
+    """Seconds [] of a forward pass of one example on a device.
 
-    max(flops / flops_per_s, bytes / bytes_per_s) + overhead_s * blocks, where the bytes are
-    the parameters, read once (Williams et al., "Roofline", CACM 2009). ACME's own model,
-    with its constants, is `paper_costs`.
+    * `DeviceProfile`: max(flops / flops_per_s, bytes / bytes_per_s) + overhead_s * blocks,
+      where the bytes are the parameters, read once (Williams et al., "Roofline", CACM 2009).
+    * `LatencyTable`: base_s plus what was measured of each kept block; see `in_range`.
+    * `PaperConstants`: ACME's own, see `arch_paper_costs`.
     """
+    if isinstance(profile, PaperConstants):
+        return jnp.asarray(arch_paper_costs(dims, arch, profile).latency_s)
+    block, heads, neurons = _counts(dims, arch)
+    if isinstance(profile, LatencyTable):
+        seconds = latency_table.block_seconds(profile, heads, neurons)
+        return jnp.sum(block * seconds) + profile.base_s
     compute_s = num_flops(dims, arch) / profile.flops_per_s
     memory_s = size_bytes(dims, arch, bytes_per_param) / profile.bytes_per_s
-    blocks = jnp.sum(_counts(dims, arch)[0]).astype(jnp.float32)
-    return jnp.maximum(compute_s, memory_s) + profile.overhead_s * blocks
+    return jnp.maximum(compute_s, memory_s) + profile.overhead_s * _float(jnp.sum(block))
 
 
 def energy_j(
     dims: ModelDims,
     arch: Arch | ArchMask,
-    profile: DeviceProfile,
+    profile: CostModel,
     bytes_per_param: float | jax.Array = 4,
 ) -> jax.Array:
-    """Modelled joules [] of a forward pass of one example.
+    """Modelled joules [] of a forward pass of one example; never measured.
 
-    Idle power during the latency, plus a price for each operation and each parameter byte.
+    Idle power during the latency (which may be measured), plus a price for each operation and
+    each parameter byte. Of `PaperConstants`: power * latency * epochs, as ACME has it.
     """
+    if isinstance(profile, PaperConstants):
+        return jnp.asarray(arch_paper_costs(dims, arch, profile).energy_j)
     idle_j = profile.idle_power_w * latency_s(dims, arch, profile, bytes_per_param)
     compute_j = profile.energy_per_flop_j * num_flops(dims, arch)
     memory_j = profile.energy_per_byte_j * size_bytes(dims, arch, bytes_per_param)
     return idle_j + compute_j + memory_j
 
 
-class PaperConstants(NamedTuple):
-    """Constants of ACME's own cost models, with its defaults."""
+def in_range(dims: ModelDims, arch: Arch | ArchMask, table: LatencyTable) -> jax.Array:
+    """Whether every kept block [] lies within what the table measured; bool.
 
-    static_power_w: float = 100.0
-    power_per_unit_w: float = 10.0
-    memory_power_w: float = 128.0 * 50.0
-    base_latency_s: float = 1.0
-    latency_per_unit_s: float = 0.1
-    epochs: float = 10.0
-    size_per_width: float = 768.0
-    size_per_depth: float = 3_060_000.0
+    Where it does not, `latency_s` answers for the nearest measured block.
+    """
+    block, heads, neurons = _counts(dims, arch)
+    return jnp.all(latency_table.in_range(table, heads, neurons) | (block == 0))
 
 
-_PAPER_CONSTANTS = PaperConstants()
+PAPER_CONSTANTS = PaperConstants()
 
 
 class PaperCosts(NamedTuple):
@@ -212,7 +249,7 @@ class PaperCosts(NamedTuple):
 
 
 def paper_costs(
-    width_units: Any, depth_units: Any, constants: PaperConstants = _PAPER_CONSTANTS
+    width_units: Any, depth_units: Any, constants: PaperConstants = PAPER_CONSTANTS
 ) -> PaperCosts:
     """The cost models of ACME's published experiments, to reproduce them.
 
@@ -231,3 +268,16 @@ def paper_costs(
     latency = constants.base_latency_s + constants.latency_per_unit_s * units
     size = width_units * constants.size_per_width + depth_units * constants.size_per_depth
     return PaperCosts(size, power, latency, constants.epochs * power * latency)
+
+
+def arch_paper_costs(
+    dims: ModelDims, arch: Arch | ArchMask, constants: PaperConstants = PAPER_CONSTANTS
+) -> PaperCosts:
+    """`paper_costs` of a genome or mask: depth is the kept blocks, width their mean heads.
+
+    So width times depth is the number of heads kept. ACME's grid has one width for all blocks,
+    where this is the same; neurons do not count. Differentiable in relaxed masks.
+    """
+    block, heads, _ = (_float(count) for count in _counts(dims, arch))
+    depth = jnp.sum(block)
+    return paper_costs(jnp.sum(block * heads) / depth, depth, constants)

@@ -43,8 +43,8 @@ def main(argv: list[str]) -> int:
         default = Arguments(get(preset))
         arguments = tyro.cli(Arguments, default=default, args=argv, prog=f"run_acme.py {preset}")
         config = arguments.config
-        layout.configure_host_devices(config.compute.num_devices)
-        # Imported late: the number of host devices must be set before JAX starts.
+        layout.configure(config.compute)
+        # Imported late: the layout must be set before JAX starts.
         from acme_jax import system
 
         run_dir = arguments.run_dir or Path("runs") / f"{config.preset}-seed{config.seed}"

@@ -197,7 +197,8 @@ def test_a_transformer_learns():
 
 
 def test_result_does_not_depend_on_the_number_of_devices():
-    tiny.assert_trees_equal(vit_run(1), vit_run(2))
+    # Other programs, which may round otherwise: equal to 1e-6, and bitwise on most backends.
+    tiny.assert_trees_close(vit_run(1), vit_run(2), atol=1e-6)
 
 
 def test_number_of_shards_changes_rounding_only():

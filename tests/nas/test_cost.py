@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nas import arch, cost
+from nas import arch, cost, latency_table
 
 SPACE = arch.ArchSpace.from_fractions(6, 4, 64)
 DIMS = cost.ModelDims(
@@ -96,27 +96,87 @@ def test_vit_b_has_its_published_sizes():
     np.testing.assert_allclose(flops / 2, 17.56e9, rtol=2e-3)  # multiply-adds, as published
 
 
-def test_gradients_in_relaxed_masks_match_finite_differences():
-    mask = jax.tree.map(
-        lambda leaf: 0.2 + 0.6 * jax.random.uniform(jax.random.key(leaf.size), leaf.shape),
-        arch.to_mask(SPACE, arch.full(SPACE)),
-    )
+def test_with_64_bits_operations_and_bytes_are_exact_at_any_size():
+    space = arch.ArchSpace.from_fractions(12, 12, 3072)
+    full = arch.full(space)
+    params = sum(int(np.prod(shape)) for shape in _leaves(VIT_B, full))
+    flops = float(_flops(VIT_B, full))
+    np.testing.assert_allclose(cost.num_flops(VIT_B, full), flops, rtol=2**-23)
     with jax.enable_x64(True):
-        mask = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), mask)
-        for function in (
-            lambda m: cost.num_params(DIMS, m) * 1e-3,
-            lambda m: cost.num_flops(DIMS, m) * 1e-6,
-            lambda m: cost.energy_j(DIMS, m, PROFILE) * 1e3,
-        ):
-            grads = jax.grad(function)(mask)
-            for name, at in (("block", (1,)), ("head", (2, 3)), ("neuron", (4, 5))):
-                values = []
-                for step in (0.1, -0.1):
-                    leaf = getattr(mask, name).at[at].add(step)
-                    values.append(float(function(mask._replace(**{name: leaf}))))
-                expected = (values[0] - values[1]) / 0.2
-                assert expected > 0
-                np.testing.assert_allclose(getattr(grads, name)[at], expected, rtol=2e-3)
+        assert float(cost.num_flops(VIT_B, full)) == flops
+        assert float(cost.size_bytes(VIT_B, full)) == 4.0 * params
+
+
+TABLE = latency_table.latency_table(
+    [1, 2, 4],
+    [16, 32, 64],
+    1e-5 * np.array([[1.0, 4.0, 5.0], [2.0, 5.5, 6.0], [2.5, 7.0, 9.0]]),
+    3e-5,
+    idle_power_w=2.0,
+    energy_per_flop_j=1e-10,
+    energy_per_byte_j=2e-9,
+)
+PAPER = cost.PaperConstants()
+# Far from the roofline's kink on either side of it, and with other constants than the rest.
+COMPUTE_BOUND = PROFILE._replace(bytes_per_s=1e12)
+MEMORY_BOUND = PROFILE._replace(flops_per_s=1e12)
+
+
+def _relaxed_mask():
+    """Float64 mask, between the points of the table's grid in every block."""
+    rng = np.random.default_rng(0)
+    full = arch.to_mask(SPACE, arch.full(SPACE))
+    mask = jax.tree.map(lambda leaf: rng.uniform(0.3, 0.9, leaf.shape), full)
+    heads, neurons = mask.head.sum(-1), mask.neuron.sum(-1)
+    assert np.abs(heads[:, None] - [[1, 2, 4]]).min() > 1e-3
+    assert np.abs(neurons[:, None] - [[16, 32, 64]]).min() > 1e-3
+    return jax.tree.map(jnp.asarray, mask)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m: cost.num_params(DIMS, m),
+        lambda m: cost.num_flops(DIMS, m),
+        lambda m: cost.size_bytes(DIMS, m),
+        *(
+            lambda m, f=function, p=profile: f(DIMS, m, p)
+            for function in (cost.latency_s, cost.energy_j)
+            for profile in (COMPUTE_BOUND, MEMORY_BOUND, TABLE, PAPER)
+        ),
+    ],
+)
+def test_gradients_in_relaxed_masks_match_finite_differences(function):
+    """All partial derivatives, in float64, by central differences."""
+    with jax.enable_x64(True):
+        mask = _relaxed_mask()
+        leaves, structure = jax.tree.flatten(mask)
+        grads = jax.tree.leaves(jax.jit(jax.grad(function))(mask))
+        sizes = [leaf.size for leaf in leaves]
+        flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+
+        def of_flat(values):
+            parts = jnp.split(values, np.cumsum(sizes)[:-1])
+            shaped = [p.reshape(leaf.shape) for p, leaf in zip(parts, leaves, strict=True)]
+            return function(jax.tree.unflatten(structure, shaped))
+
+        step = 1e-5
+        moves = step * jnp.eye(flat.size)
+        up, down = (jax.jit(jax.vmap(of_flat))(flat[None] + s * moves) for s in (1, -1))
+        expected = np.asarray((up - down) / (2 * step))
+        found = np.concatenate([np.asarray(g).reshape(-1) for g in grads])
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9 * np.abs(expected).max())
+        assert np.abs(expected).max() > 0
+
+
+def test_a_full_mask_has_a_gradient_in_the_table():
+    """The edge of the measured range, where a search over relaxed masks begins."""
+    mask = arch.to_mask(SPACE, arch.full(SPACE))
+    grads = jax.grad(lambda m: cost.latency_s(DIMS, m, TABLE))(mask)
+    np.testing.assert_allclose(grads.neuron, np.full((6, 64), 2e-5 / 32), rtol=1e-5)
+    np.testing.assert_allclose(grads.head, np.full((6, 4), 3e-5 / 2), rtol=1e-5)
+    np.testing.assert_allclose(grads.block, np.full(6, 9e-5), rtol=1e-5)
 
 
 def test_latency_is_a_roofline_and_energy_adds_up():
@@ -130,6 +190,39 @@ def test_latency_is_a_roofline_and_energy_adds_up():
     np.testing.assert_allclose(cost.latency_s(DIMS, genome, PROFILE), latency, rtol=1e-6)
     energy = 2.0 * latency + 1e-10 * flops + 2e-9 * size
     np.testing.assert_allclose(cost.energy_j(DIMS, genome, PROFILE), energy, rtol=1e-6)
+
+
+def test_table_adds_what_was_measured_of_the_kept_blocks():
+    genome = arch.Arch(
+        jnp.int32(3), jnp.array([1, 4, 2, 4, 4, 4]), jnp.array([16, 1, 32, 1, 64, 1])
+    )
+    latency = 3e-5 + 1e-5 * (1.0 + 5.5 + 9.0)  # blocks 0, 2 and 4
+    np.testing.assert_allclose(cost.latency_s(DIMS, genome, TABLE), latency, rtol=1e-6)
+    flops, size = float(cost.num_flops(DIMS, genome)), float(cost.size_bytes(DIMS, genome))
+    energy = 2.0 * latency + 1e-10 * flops + 2e-9 * size
+    np.testing.assert_allclose(cost.energy_j(DIMS, genome, TABLE), energy, rtol=1e-6)
+    assert bool(cost.in_range(DIMS, genome, TABLE))  # the one neuron is of dropped blocks
+    narrow = genome._replace(neurons=genome.neurons.at[2].set(15))
+    assert not bool(cost.in_range(DIMS, narrow, TABLE))
+
+
+def test_all_models_of_a_device_share_one_call_form():
+    population = arch.sample(jax.random.key(5), SPACE, 8)
+    masks = jax.vmap(lambda a: arch.to_mask(SPACE, a))(population)
+
+    @jax.jit
+    def both(genome, profile):
+        return jnp.stack([f(DIMS, genome, profile) for f in (cost.latency_s, cost.energy_j)])
+
+    for profile in (PROFILE, TABLE, PAPER):
+        profile = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), profile)
+        fleet = jax.tree.map(lambda x: jnp.stack([x] * 3), profile)
+        values = jax.jit(jax.vmap(jax.vmap(both, (0, None)), (None, 0)))(population, fleet)
+        expected = np.stack([both(row, profile) for row in _rows(population)])
+        assert values.shape == (3, 8, 2)
+        np.testing.assert_allclose(values, np.tile(expected, (3, 1, 1)), rtol=1e-5)
+        of_masks = jax.jit(jax.vmap(both, (0, None)))(masks, profile)
+        np.testing.assert_allclose(of_masks, expected, rtol=1e-5)
 
 
 def test_profiles_vmap_and_one_trace_serves_all_genomes():
@@ -175,3 +268,18 @@ def test_paper_costs_at_the_full_network():
     assert costs.power_w == pytest.approx(100 + 10 * 144 + 6400)
     assert costs.latency_s == pytest.approx(15.4)
     assert costs.energy_j == pytest.approx(10 * 7940 * 15.4)
+
+
+def test_paper_costs_of_a_genome_count_its_kept_heads():
+    space = arch.ArchSpace.from_fractions(12, 12, 3072)
+    for width, depth in ((0.25, 0.5), (0.75, 1.0), (1.0, 0.25)):
+        genome = arch.uniform(space, width, depth)
+        expected = cost.paper_costs(12.0 * width, 12.0 * depth)
+        np.testing.assert_allclose(cost.arch_paper_costs(VIT_B, genome), expected, rtol=1e-6)
+        latency = cost.latency_s(VIT_B, genome, PAPER)
+        np.testing.assert_allclose(latency, expected.latency_s, rtol=1e-6)
+        np.testing.assert_allclose(
+            cost.energy_j(VIT_B, genome, PAPER), expected.energy_j, rtol=1e-6
+        )
+    mixed = arch.Arch(jnp.int32(2), jnp.arange(12) + 1, jnp.full(12, 7))  # blocks 0 and 6
+    np.testing.assert_allclose(cost.latency_s(VIT_B, mixed, PAPER), 1 + 0.1 * (1 + 7), rtol=1e-6)
