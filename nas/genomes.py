@@ -12,22 +12,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nas import arch
+from nas import arch, ordering
 
 Genome = Any
 """A pytree of int32 arrays, or a population of them with a leading [P]."""
+Rate = jax.Array | float
 
 
 class Operators(NamedTuple):
     """What a searcher needs to know about a space; give your own for other genomes.
 
-    Equal solutions must have equal genomes, so operators return canonical ones.
+    Equal solutions must have equal genomes, so operators return canonical ones. The last two
+    work on whole populations and may be left out; with them a space can draw its random bits
+    at once, which is what most of the time of breeding goes to.
     """
 
     num_genes: int
     sample: Callable[[jax.Array, int], Genome]  # key, P -> population [P]
-    mutate: Callable[[jax.Array, Genome, jax.Array | float], Genome]  # key, one genome, rate
+    mutate: Callable[[jax.Array, Genome, Rate], Genome]  # key, one genome, rate
     crossover: Callable[[jax.Array, Genome, Genome], Genome]  # key, two genomes -> one child
+    vary: Callable[[jax.Array, Genome, Genome, jax.Array, Rate], Genome] | None = None
+    """key, parents [P], parents [P], whether to cross [P], rate -> mutated children [P]."""
+    change: Callable[[jax.Array, Genome], Genome] | None = None
+    """key, population [P] -> the same with one gene of each genome changed."""
 
 
 def arch_operators(space: arch.ArchSpace) -> Operators:
@@ -38,6 +45,62 @@ def arch_operators(space: arch.ArchSpace) -> Operators:
         mutate=lambda key, genome, rate: arch.mutate(key, space, genome, rate),
         crossover=lambda key, first, second: arch.crossover(key, space, first, second),
     )
+
+
+def vary(
+    key: jax.Array,
+    operators: Operators,
+    first: Genome,
+    second: Genome,
+    paired: jax.Array,
+    rate: Rate,
+) -> Genome:
+    """Children [P]: crossed where `paired` [P], else copies of `first`; then mutated."""
+    if operators.vary is not None:
+        return operators.vary(key, first, second, paired, rate)
+    cross_key, mutate_key = jax.random.split(key)
+    crossed = jax.vmap(operators.crossover)(
+        jax.random.split(cross_key, paired.shape[0]), first, second
+    )
+    return _mutate(mutate_key, operators, where(paired, crossed, first), rate)
+
+
+def replace_duplicates(
+    key: jax.Array,
+    operators: Operators,
+    children: Genome,
+    known: Genome,
+    *,
+    rate: Rate,
+    num_retries: int,
+) -> Genome:
+    """Children [P] of which those that repeat a known genome or each other are changed again.
+
+    Up to `num_retries` rounds; what still repeats then, in a space that is nearly used up, is
+    left as it is. Later children give way to earlier ones.
+    """
+    num_known = jax.tree.leaves(known)[0].shape[0]
+
+    def more(carry: tuple[jax.Array, Genome, jax.Array]) -> jax.Array:
+        return (carry[0] < num_retries) & carry[2]
+
+    def again(carry: tuple[jax.Array, Genome, jax.Array]) -> tuple[jax.Array, Genome, jax.Array]:
+        number, children, _ = carry
+        repeated = duplicates(concatenate(known, children))[num_known:]
+        number_key = jax.random.fold_in(key, number)
+        if operators.change is not None:
+            changed = operators.change(number_key, children)
+        else:
+            changed = _mutate(number_key, operators, children, rate)
+        return number + 1, where(repeated, changed, children), jnp.any(repeated)
+
+    start = (jnp.zeros((), jnp.int32), children, jnp.array(True))
+    return jax.lax.while_loop(more, again, start)[1]
+
+
+def _mutate(key: jax.Array, operators: Operators, population: Genome, rate: Rate) -> Genome:
+    keys = jax.random.split(key, jax.tree.leaves(population)[0].shape[0])
+    return jax.vmap(lambda k, genome: operators.mutate(k, genome, rate))(keys, population)
 
 
 def take(population: Genome, index: jax.Array) -> Genome:
@@ -61,21 +124,39 @@ def where(condition: jax.Array, first: Genome, second: Genome) -> Genome:
 
 
 def duplicates(population: Genome) -> jax.Array:
-    """Whether an equal genome stands earlier in the population: bool [P].
+    """Whether an equal genome stands earlier in the population: bool [P]. Exact.
 
-    O(P log P): genomes are sorted by a 64-bit hash and neighbours compared in full. A
-    genome that differs is therefore never called a duplicate.
+    O(P log P): genomes are sorted by a 32-bit hash and neighbours compared in full. Should
+    different genomes share a hash, which is rare, the classes are split gene by gene.
     """
     leaves = jax.tree.leaves(population)
     num_rows = leaves[0].shape[0]
     genes = jnp.concatenate([leaf.reshape(num_rows, -1) for leaf in leaves], axis=1)
+    num_genes = genes.shape[1]
     # Constants of a linear hash; fixed, hence a seed of their own.
-    odd = (
-        np.random.default_rng(0).integers(2**31, size=(2, genes.shape[1]), dtype=np.uint32) * 2 + 1
-    )
-    hashes = [jnp.sum(genes.astype(jnp.uint32) * row[None, :], axis=1) for row in jnp.asarray(odd)]
-    rows = jnp.arange(num_rows, dtype=jnp.int32)
-    order = jax.lax.sort((*hashes, rows), num_keys=3)[2]
-    ordered = genes[order]
-    repeated = jnp.all(ordered[1:] == ordered[:-1], axis=1)
-    return jnp.zeros((num_rows,), bool).at[order[1:]].set(repeated)
+    odd = np.random.default_rng(0).integers(2**31, size=num_genes, dtype=np.uint32) * 2 + 1
+    hashes = jnp.sum(genes.astype(jnp.uint32) * jnp.asarray(odd)[None, :], axis=1)
+
+    def compare(rank: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The order of the rows, and whether row and predecessor are of one class / equal."""
+        order = ordering.order_of_ranks(rank)
+        ordered, classes = genes[order], rank[order]
+        equal = jnp.all(ordered[1:] == ordered[:-1], axis=1)
+        return order, classes[1:] == classes[:-1], equal
+
+    def collides(carry: tuple[jax.Array, ...]) -> jax.Array:
+        _, _, _, together, equal = carry
+        return jnp.any(together & ~equal)
+
+    def split(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        gene, rank = carry[:2]
+        column = jax.lax.dynamic_index_in_dim(genes, gene, axis=1, keepdims=False)
+        rank = ordering.ranks(rank, column)
+        return gene + 1, rank, *compare(rank)
+
+    rank = ordering.ranks(hashes)
+    start = (jnp.zeros((), jnp.int32), rank, *compare(rank))
+    _, _, order, _, equal = jax.lax.while_loop(collides, split, start)
+    first = jnp.zeros((1,), bool)
+    repeated = jnp.concatenate([first, equal])
+    return repeated[ordering.inverse(order)]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nas import archive as archives
-from nas import genomes, pareto
+from nas import genomes, ordering, pareto
 from nas.arch import ArchSpace
 from nas.searcher import (
     Evaluate,
@@ -25,6 +25,7 @@ from nas.searcher import (
     run,
     search,
 )
+from nas.survival import Pool, Survival, elitist_tell
 
 __all__ = [
     "Evaluate",
@@ -76,6 +77,8 @@ def nsga2(
         raise ValueError(
             f"mutation_rate ({rate}) and crossover_rate ({crossover_rate}) must be in [0, 1]"
         )
+    odd = population_size % 2
+    num_pairs = (population_size + odd) // 2
     num_initial = 0 if initial is None else jax.tree.leaves(initial)[0].shape[0]
     if num_initial > population_size:
         raise ValueError(
@@ -101,72 +104,43 @@ def nsga2(
             archive=archives.empty(population, archive_capacity, num_objectives),
         )
 
-    def vary(key: jax.Array, population: genomes.Genome) -> genomes.Genome:
-        keys = jax.random.split(key, population_size)
-        return jax.vmap(lambda k, genome: operators.mutate(k, genome, rate))(keys, population)
-
     def ask(key: jax.Array, state: SearchState) -> genomes.Genome:
         """Children of the population; at first the population itself."""
-        parent_key, cross_key, pair_key, mutate_key = jax.random.split(key, 4)
+        parent_key, pair_key, vary_key, retry_key = jax.random.split(key, 4)
         # Binary tournaments: the population stands best first, so the lower index wins.
-        entrants = jax.random.randint(parent_key, (2, 2, population_size), 0, population_size)
-        winners = jnp.min(entrants, axis=0)
-        first, second = (genomes.take(state.population, index) for index in winners)
-        keys = jax.random.split(cross_key, population_size)
-        crossed = jax.vmap(operators.crossover)(keys, first, second)
-        paired = jax.random.bernoulli(pair_key, crossover_rate, (population_size,))
-        children = genomes.where(paired, crossed, first)
-
-        def attempt(number: jax.Array, children: genomes.Genome) -> genomes.Genome:
-            """Mutates every child at first, then those that repeat a known genome."""
-            known = genomes.concatenate(state.population, children)
-            again = genomes.duplicates(known)[population_size:] | (number == 0)
-            varied = vary(jax.random.fold_in(mutate_key, number), children)
-            return genomes.where(again, varied, children)
-
-        children = jax.lax.fori_loop(0, 1 + num_retries, attempt, children)
+        # Everybody enters as often, which drifts less than entrants drawn one by one.
+        draws = jax.random.bits(parent_key, (2, population_size + odd))
+        entrants = jnp.stack([ordering.shuffle(row) for row in draws])
+        entrants = jnp.minimum(entrants, population_size - 1)
+        mothers, fathers = jnp.min(entrants.reshape(2, 2, num_pairs), axis=1)
+        # Every pair has two children, which share out the genes of both parents.
+        first, second = (
+            genomes.take(state.population, jnp.concatenate(both)[:population_size])
+            for both in ((mothers, fathers), (fathers, mothers))
+        )
+        paired = jax.random.bernoulli(pair_key, crossover_rate, (num_pairs,))
+        paired = jnp.concatenate([paired, paired])[:population_size]
+        children = genomes.vary(vary_key, operators, first, second, paired, rate)
+        children = genomes.replace_duplicates(
+            retry_key, operators, children, state.population, rate=rate, num_retries=num_retries
+        )
         return genomes.where(state.generation == 0, state.population, children)
 
-    def tell(
-        state: SearchState,
-        told: genomes.Genome,
-        objectives: jax.Array,
-        violation: jax.Array | None = None,
-    ) -> tuple[SearchState, SearchInfo]:
-        """The best of the population and the evaluated genomes survive."""
-        objectives = objectives.astype(state.objectives.dtype)
-        if violation is None:
-            violation = jnp.zeros((population_size,))
-        violation = violation.astype(state.violation.dtype)
-        # At first the state is not evaluated yet: let the told ones stand in for it.
-        starting = state.generation == 0
-        merged = genomes.concatenate(genomes.where(starting, told, state.population), told)
-        values = jnp.concatenate([jnp.where(starting, objectives, state.objectives), objectives])
-        excess = jnp.concatenate([jnp.where(starting, violation, state.violation), violation])
-
-        repeated = genomes.duplicates(merged)
-        ranked = jnp.where(repeated[:, None], jnp.nan, values)
-        rank = pareto.non_dominated_rank(ranked, excess, num_needed=population_size)
-        crowding = pareto.crowding_distance(ranked, rank)
-        rows = jnp.arange(2 * population_size, dtype=jnp.int32)
-        order = jax.lax.sort((rank, pareto.sort_key(-crowding), rows), num_keys=3)[2]
-        best = order[:population_size]
-
-        worst = jnp.max(jnp.where(jnp.isfinite(objectives), objectives, -jnp.inf), axis=0)
-        worst = jnp.where(jnp.isfinite(worst), worst, jnp.nan)
-        new_state = SearchState(
-            population=genomes.take(merged, best),
-            objectives=values[best],
-            violation=excess[best],
-            generation=state.generation + 1,
-            reference=jnp.where(jnp.isnan(state.reference), worst, state.reference),
-            archive=archives.insert(state.archive, told, objectives, violation),
+    def survive(state: SearchState, pool: Pool) -> Survival:
+        # Rows that only repeat objectives add nothing to a front, and crowd it.
+        usable = jnp.all(jnp.isfinite(pool.objectives), axis=1) & ~pool.repeated
+        again = genomes.duplicates((_bits(pool.objectives), _bits(pool.violation), usable*1))
+        ranked = jnp.where((usable & ~again)[:, None], pool.objectives, jnp.nan)
+        rank, crowding = pareto.rank_and_crowding(
+            ranked, pool.violation, num_needed=population_size
         )
-        feasible = new_state.violation <= 0
-        volume = jnp.asarray(jnp.nan, values.dtype)
-        if track_hypervolume:
-            points = jnp.where(feasible[:, None], new_state.objectives, jnp.nan)
-            volume = pareto.hypervolume(points, new_state.reference)
-        return new_state, SearchInfo(rank[best], jnp.sum(feasible, dtype=jnp.int32), volume)
+        return Survival(ordering.order(rank, ordering.sort_key(-crowding)), rank)
 
-    return Searcher(init, ask, tell)
+    return Searcher(init, ask, elitist_tell(survive, track_hypervolume=track_hypervolume))
+
+
+def _bits(values: jax.Array) -> jax.Array:
+    """Integers that are equal where the floats are, int32 [P, ...]."""
+    key = ordering.sort_key(values)
+    parts = jax.lax.bitcast_convert_type(key, jnp.int32)
+    return parts.reshape(values.shape[0], -1)

@@ -7,12 +7,15 @@ that holds a NaN is invalid: it ranks behind every other row and is never select
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
+from nas import ordering
 from nas.hypervolume import hypervolume
+from nas.ordering import sort_key
 
 __all__ = [
     "Rule",
@@ -22,6 +25,7 @@ __all__ = [
     "front_grid",
     "hypervolume",
     "non_dominated_rank",
+    "rank_and_crowding",
     "select",
     "sort_key",
 ]
@@ -69,40 +73,76 @@ def non_dominated_rank(
     Returns:
       int32 [P], without gaps.
     """
+    return _fronts(objectives, _column_ranks(objectives), violation, num_needed)
+
+
+def rank_and_crowding(
+    objectives: jax.Array, violation: jax.Array | None = None, *, num_needed: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`non_dominated_rank` and `crowding_distance` of the same rows, sharing their sorts."""
+    columns = _column_ranks(objectives)
+    rank = _fronts(objectives, columns, violation, num_needed)
+    return rank, _crowding(objectives, columns, rank)
+
+
+def _column_ranks(objectives: jax.Array) -> list[jax.Array]:
+    """For each objective, how many rows are better: integers compare faster than floats."""
+    return [ordering.ranks(ordering.sort_key(column)) for column in objectives.T]
+
+
+def _fronts(
+    objectives: jax.Array,
+    columns: list[jax.Array],
+    violation: jax.Array | None,
+    num_needed: int | None,
+) -> jax.Array:
     num_rows = objectives.shape[0]
+    invalid = jnp.any(jnp.isnan(objectives), axis=1)
     if violation is None:
-        violation = jnp.zeros((num_rows,), objectives.dtype)
-    invalid = jnp.any(jnp.isnan(objectives), axis=1) | jnp.isnan(violation)
+        front, num_fronts = _peel(columns, ~invalid, num_needed or num_rows)
+        return jnp.where(invalid, num_fronts, front)
+    invalid |= jnp.isnan(violation)
     feasible = (violation <= 0) & ~invalid
-    infeasible = ~feasible & ~invalid
-    front, num_fronts = _peel(objectives, feasible, num_rows if num_needed is None else num_needed)
+    front, num_fronts = _peel(columns, feasible, num_needed or num_rows)
 
     # Dense ranks of the violations: the other rows sort first and count as level 0.
-    key = sort_key(violation)
+    key = ordering.sort_key(violation)
     lowest = jnp.iinfo(key.dtype).min
-    key = jnp.where(infeasible, key, lowest)
-    key, order = jax.lax.sort_key_val(key, jnp.arange(num_rows, dtype=jnp.int32))
-    previous = jnp.concatenate([jnp.full((1,), lowest, key.dtype), key[:-1]])
-    levels = jnp.cumsum(key > previous, dtype=jnp.int32)
-    level = jnp.zeros((num_rows,), jnp.int32).at[order].set(levels)
-    behind = num_fronts + jnp.where(invalid, jnp.max(levels), level - 1)
+    key = jnp.where(feasible | invalid, lowest, key)
+    ordered = jax.lax.sort(key, is_stable=False)
+    previous = jnp.concatenate([jnp.full((1,), lowest, key.dtype), ordered[:-1]])
+    levels = jnp.cumsum(ordered > previous, dtype=jnp.int32)
+    level = levels[jnp.searchsorted(ordered, key)]
+    behind = num_fronts + jnp.where(invalid, levels[-1], level - 1)
     return jnp.where(feasible, front, behind)
 
 
-def _peel(objectives: jax.Array, valid: jax.Array, num_needed: int) -> tuple[jax.Array, jax.Array]:
+def _peel(
+    columns: list[jax.Array], valid: jax.Array, num_needed: int
+) -> tuple[jax.Array, jax.Array]:
     """Fronts [P] of the valid rows and the number of fronts [], by repeated peeling."""
-    num_rows = objectives.shape[0]
+    num_rows = valid.shape[0]
     words = -(-num_rows // _WORD_BITS)
-    bit = jnp.arange(_WORD_BITS, dtype=jnp.uint32)
+    padding = words * _WORD_BITS - num_rows
+    bit = jnp.uint32(1) << jnp.arange(_WORD_BITS, dtype=jnp.uint32)
 
     def pack(flags: jax.Array) -> jax.Array:
-        """Bool [P, ...] -> uint32 [P / 32, ...]: 32 times less memory to read per front."""
-        tail = flags.shape[1:]
-        flags = jnp.pad(flags, [(0, words * _WORD_BITS - num_rows)] + [(0, 0)] * len(tail))
-        flags = flags.reshape(words, _WORD_BITS, *tail).astype(jnp.uint32)
-        return jnp.sum(flags << bit.reshape(1, -1, *(1,) * len(tail)), axis=1, dtype=jnp.uint32)
+        """Bool [P] -> uint32 [P / 32]: 32 times less memory to read per front."""
+        flags = jnp.pad(flags, (0, padding)).reshape(words, _WORD_BITS)
+        return jnp.sum(jnp.where(flags, bit[None, :], 0), axis=1, dtype=jnp.uint32)
 
-    dominators = pack(dominates(objectives, objectives))
+    # A row dominates another if it is no worse in any objective and its ranks have a lower
+    # sum: the sums of two rows of which one is nowhere worse are equal only if all ranks are.
+    total = functools.reduce(jnp.add, columns)
+    narrow = jnp.int16 if len(columns) * num_rows < 2**15 else jnp.int32
+    dominator = jnp.ones((words, _WORD_BITS, num_rows), bool)
+    for index, column in enumerate([total, *columns]):
+        column = column.astype(narrow)
+        filler = jnp.iinfo(narrow).max  # rows that pad the words dominate none
+        rows = jnp.pad(column, (0, padding), constant_values=filler)
+        rows, others = rows.reshape(words, _WORD_BITS, 1), column[None, None, :]
+        dominator &= rows < others if index == 0 else rows <= others
+    dominators = jnp.sum(jnp.where(dominator, bit[None, :, None], 0), axis=1, dtype=jnp.uint32)
 
     def more(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         left = carry[2]
@@ -133,36 +173,31 @@ def crowding_distance(objectives: jax.Array, rank: jax.Array) -> jax.Array:
       objectives: [P, M].
       rank: int32 [P], from `non_dominated_rank`.
     """
-    num_rows = objectives.shape[0]
-    rows = jnp.arange(num_rows, dtype=jnp.int32)
-    fronts = jnp.sort(rank)  # the same sequence, whichever objective breaks the ties
-    change = fronts[1:] != fronts[:-1]
-    edge = jnp.ones((1,), bool)
-    is_first, is_last = jnp.concatenate([edge, change]), jnp.concatenate([change, edge])
-    first = jax.lax.cummax(jnp.where(is_first, rows, 0))
-    last = jax.lax.cummin(jnp.where(is_last, rows, num_rows - 1), reverse=True)
+    return _crowding(objectives, _column_ranks(objectives), ordering.ranks(rank))
 
+
+def _crowding(objectives: jax.Array, columns: list[jax.Array], rank: jax.Array) -> jax.Array:
+    """Crowding distances, from any numbers of the fronts that are below P."""
+    num_rows = objectives.shape[0]
+    # The same sequence of fronts, whichever objective sorts the rows within them.
+    fronts = jax.lax.sort(rank, is_stable=False)
+    first = jnp.searchsorted(fronts, fronts)
+    last = jnp.searchsorted(fronts, fronts, side="right") - 1
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    is_end = (rows == first) | (rows == last)
     distance = jnp.zeros((num_rows,), objectives.dtype)
-    for column in objectives.T:
-        order = jax.lax.sort((rank, sort_key(column), rows), num_keys=2)[2]
+    for column, column_rank in zip(objectives.T, columns, strict=True):
+        by_value = ordering.order_of_ranks(column_rank)
+        packed = ordering.pack(rank, ordering.inverse(by_value))
+        place = ordering.unpack(jax.lax.sort(packed, is_stable=False), num_rows)[1]
+        order = by_value[place]
         value = column[order]
         gap = jnp.roll(value, -1) - jnp.roll(value, 1)
         span = value[last] - value[first]
         share = jnp.where(span > 0, gap / jnp.where(span > 0, span, 1), 0)
-        share = jnp.where(is_first | is_last, jnp.inf, jnp.nan_to_num(share, posinf=jnp.inf))
-        distance = distance.at[order].add(share)
+        share = jnp.where(is_end, jnp.inf, jnp.nan_to_num(share, posinf=jnp.inf))
+        distance = distance.at[order].add(share, unique_indices=True)
     return distance
-
-
-def sort_key(values: jax.Array) -> jax.Array:
-    """Integers whose order is that of the floats; NaN is the largest.
-
-    XLA sorts integers several times faster than floats on CPU.
-    """
-    values = jnp.where(values == 0, 0, jnp.where(jnp.isnan(values), jnp.nan, values))
-    integer = jnp.int64 if values.dtype == jnp.float64 else jnp.int32
-    bits = jax.lax.bitcast_convert_type(values, integer)
-    return jnp.where(bits < 0, bits ^ jnp.iinfo(integer).max, bits)
 
 
 def front_grid(
