@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from acme_jax.config import (
@@ -34,11 +35,20 @@ def digits() -> Config:
     """scikit-learn's 1,797 digits of 8 x 8 pixels, 2 edges with 4 devices each.
 
     Command: `python scripts/run_acme.py digits`
+    Time: about 110 s and 1.5 GB on 2 CPU cores.
+    Expected (one seed): reference 0.94 on the public test split, devices 0.95 after ACME. The
+    images are so small that importances weigh more than they do: uplink 7 times centralised.
     """
     return Config(
         preset="digits",
         data=DataConfig(name="digits", public_train=750, public_select=180, public_test=180),
         model=ModelConfig(patch_size=2),
+        # No shifts: one pixel of eight moves a digit by an eighth of its width.
+        reference=TrainConfig(epochs=40, max_shift=0),
+        distill=DistillConfig(
+            width=dataclasses.replace(DistillConfig().width, epochs=4, max_shift=0),
+            depth=dataclasses.replace(DistillConfig().depth, epochs=20, max_shift=0),
+        ),
         fleet=FleetConfig(
             num_edges=2, devices_per_edge=4, budgets=(0.3, 0.7), samples_per_device=80
         ),
@@ -51,6 +61,9 @@ def fashion_mnist() -> Config:
     The files come from the Debian package dataset-fashion-mnist, or from `--data.path`.
 
     Command: `python scripts/run_acme.py fashion_mnist`
+    Time: about 230 s and 2 GB on 2 CPU cores.
+    Expected (one seed): reference 0.83 on the public test split, devices 0.92 after ACME (each
+    has to tell fewer classes apart).
     """
     return Config(
         preset="fashion_mnist",
@@ -65,16 +78,18 @@ def smoke() -> Config:
     """Every step of the loop at the smallest size that still learns something.
 
     Command: `python scripts/run_acme.py smoke`
+    Time: about 36 s and 0.8 GB on 2 CPU cores (JAX 0.10; 44 s with 0.11 and 0.12), half of it
+    compiling.
     """
     data = DataConfig(name="digits", public_train=700, public_select=150, public_test=200)
     return Config(
         preset="smoke",
         data=data,
         model=ModelConfig(patch_size=2, embed_dim=32, num_layers=4, num_heads=4, num_neurons=64),
-        reference=TrainConfig(epochs=6, batch_size=50),
+        reference=TrainConfig(epochs=5, batch_size=50, max_shift=0),
         distill=DistillConfig(
-            width=TrainConfig(epochs=3, batch_size=50),
-            depth=TrainConfig(epochs=3, batch_size=50),
+            width=TrainConfig(epochs=2, batch_size=50, max_shift=0),
+            depth=TrainConfig(epochs=2, batch_size=50, max_shift=0),
         ),
         search=SearchConfig(population_size=16, num_generations=5, fractions=(0.5, 1.0)),
         fleet=FleetConfig(

@@ -54,7 +54,7 @@ class Genes:
     mutate: Mutate | None = None
     crossover: Crossover | None = None
     crossover_eta: float = 15.0
-    mutation_eta: float = 20.0
+    mutation_eta: float = 10.0
 
     def __post_init__(self) -> None:
         if not self.low or len(self.low) != len(self.high):
