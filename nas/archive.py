@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nas import genomes, pareto
+from nas import genomes, ordering, pareto
 
 
 class Archive(NamedTuple):
@@ -38,7 +38,7 @@ def insert(
 ) -> Archive:
     """The archive after meeting a population [P].
 
-    Infeasible rows, rows with NaN, repeated genomes and dominated rows are dropped. When
+    Infeasible rows, rows with NaN or infinity, repeated genomes and dominated rows are dropped. When
     more remain than there are places, the least crowded stay (by one look at the crowding
     distance; ties by age), so that the result is deterministic.
 
@@ -53,19 +53,18 @@ def insert(
         return archive
     merged = genomes.concatenate(archive.genomes, population)
     values = jnp.concatenate([archive.objectives, objectives])
-    usable = (violation <= 0) & ~jnp.any(jnp.isnan(objectives), axis=1)
+    usable = (violation <= 0) & jnp.all(jnp.isfinite(objectives), axis=1)
     usable = jnp.concatenate([archive.valid, usable])
     values = jnp.where(usable[:, None], values, jnp.nan)
-    keep = usable & ~jnp.any(pareto.dominates(values, values), axis=0)
+    keep = usable & (pareto.non_dominated_rank(values, num_needed=1) == 0)
     # Of two equal usable genomes the later goes; equal genomes may differ in usability when
     # an evaluation is noisy, hence the flag in the comparison.
     keep &= ~genomes.duplicates((merged, usable.astype(jnp.int32)))
 
-    rows = jnp.arange(keep.size, dtype=jnp.int32)
     crowding = pareto.crowding_distance(values, jnp.where(keep, 0, 1))
-    lonely_first = jax.lax.sort((~keep, pareto.sort_key(-crowding), rows), num_keys=3)[2]
-    chosen = jnp.zeros_like(keep).at[lonely_first[:capacity]].set(True) & keep
-    index = jax.lax.sort((~chosen, rows), num_keys=2)[1][:capacity]
+    lonely = ordering.order(ordering.sort_key(jnp.where(keep, -crowding, jnp.nan)))
+    chosen = (ordering.inverse(lonely) < capacity) & keep
+    index = ordering.order_of_ranks(jnp.where(chosen, 0, 1))[:capacity]
     valid = chosen[index]
     return Archive(
         genomes=genomes.take(merged, index),

@@ -22,8 +22,8 @@ Rate = jax.Array | float
 class Operators(NamedTuple):
     """What a searcher needs to know about a space; give your own for other genomes.
 
-    Equal solutions must have equal genomes, so operators return canonical ones. The last two
-    work on whole populations and may be left out; with them a space can draw its random bits
+    Equal solutions must have equal genomes, so operators return canonical ones. The last three
+    may be left out. `vary` and `change` work on whole populations; with them a space can draw its random bits
     at once, which is what most of the time of breeding goes to.
     """
 
@@ -32,9 +32,13 @@ class Operators(NamedTuple):
     mutate: Callable[[jax.Array, Genome, Rate], Genome]  # key, one genome, rate
     crossover: Callable[[jax.Array, Genome, Genome], Genome]  # key, two genomes -> one child
     vary: Callable[[jax.Array, Genome, Genome, jax.Array, Rate], Genome] | None = None
-    """key, parents [P], parents [P], whether to cross [P], rate -> mutated children [P]."""
+    """key, parents [P], parents [P], whether to cross [P], rate -> mutated children [P].
+
+    The second half of the rows has the parents of the first half the other way round."""
     change: Callable[[jax.Array, Genome], Genome] | None = None
     """key, population [P] -> the same with one gene of each genome changed."""
+    check: Callable[[Genome], None] | None = None
+    """Population, on the host: ValueError if a genome is not of the space."""
 
 
 def arch_operators(space: arch.ArchSpace) -> Operators:
@@ -44,7 +48,22 @@ def arch_operators(space: arch.ArchSpace) -> Operators:
         sample=lambda key, num: arch.sample(key, space, num),
         mutate=lambda key, genome, rate: arch.mutate(key, space, genome, rate),
         crossover=lambda key, first, second: arch.crossover(key, space, first, second),
+        check=lambda population: _check_arch(space, population),
     )
+
+
+def _check_arch(space: arch.ArchSpace, population: arch.Arch) -> None:
+    for name, values, choices in (
+        ("depth", population.depth, space.depth_choices),
+        ("heads", population.heads, space.head_choices),
+        ("neurons", population.neurons, space.neuron_choices),
+    ):
+        wrong = np.setdiff1d(np.asarray(values), choices)
+        if wrong.size:
+            raise ValueError(
+                f"a genome has {name} {wrong[0]}, which the space does not offer; expected one "
+                f"of {choices}"
+            )
 
 
 def vary(

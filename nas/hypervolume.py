@@ -22,12 +22,16 @@ def hypervolume(objectives: jax.Array, reference: jax.Array) -> jax.Array:
 
     Args:
       objectives: [P, M], minimised. Points that are not better than the reference in every
-        objective add nothing, nor do rows with NaN.
-      reference: [M].
+        objective add nothing, nor do rows with NaN or infinity.
+      reference: [M]; NaN comes out if it is not finite.
     """
     reference = jnp.broadcast_to(jnp.asarray(reference, objectives.dtype), objectives.shape[1:])
-    inside = jnp.all(objectives < reference[None, :], axis=1, keepdims=True)
+    reference = jnp.where(jnp.all(jnp.isfinite(reference)), reference, jnp.nan)
+    inside = jnp.isfinite(objectives) & (objectives < reference[None, :])
+    inside = jnp.all(inside, axis=1, keepdims=True)
     points = jnp.where(inside, objectives, reference[None, :])
+    if points.shape[0] == 0:
+        return jnp.where(jnp.isnan(reference[0]), jnp.nan, jnp.zeros((), points.dtype))
     if points.shape[1] == 1:
         return jnp.max(reference[0] - points[:, 0], initial=0)
     points = points[jnp.argsort(points[:, 0])]

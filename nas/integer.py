@@ -202,7 +202,15 @@ def integer_operators(space: IntegerSpace) -> genomes.Operators:
             changed.append(jnp.where(here, moved, x))
         return join(changed)
 
-    return genomes.Operators(num_genes, sample, mutate, crossover, vary, change)
+    return genomes.Operators(
+        num_genes,
+        sample,
+        mutate,
+        crossover,
+        vary,
+        change,
+        lambda population: check(space, population),
+    )
 
 
 def check(space: IntegerSpace, population: genomes.Genome) -> None:
@@ -272,8 +280,9 @@ def _cross_bits(leaf: Genes, bits: jax.Array, first: jax.Array, second: jax.Arra
     power = leaf.crossover_eta + 1
     room = jnp.minimum(jnp.minimum(first, second) - low, high - jnp.maximum(first, second))
     most = 1 + 2 * room / jnp.maximum(distance, 1)
-    draw = draw * (2 - most**-power)
-    spread = jnp.where(draw < 1, draw, 1 / (2 - draw)) ** (1 / power)
+    draw = draw * (2 - jnp.exp(-power * jnp.log(most)))
+    side = jnp.where(draw < 1, 1 / power, -1 / power)
+    spread = jnp.exp(side * jnp.log(jnp.minimum(draw, 2 - draw)))
     half = 0.5 * spread * (a - b)
     child = 0.5 * (a + b) + jnp.where(upper, half, -half)
     child = jnp.clip(jnp.round(child).astype(jnp.int32), low, high)
@@ -301,6 +310,6 @@ def _move(leaf: Genes, draw: jax.Array, values: jax.Array) -> jax.Array:
     # bound, the only direction there is.
     up = jnp.where(values == low, True, (draw >= 0.5) & (values < high))
     tail = jnp.where(draw < 0.5, 2 * draw, 2 * (1 - draw))
-    length = 1 - tail ** (1 / (leaf.mutation_eta + 1))
+    length = 1 - jnp.exp(jnp.log(tail) / (leaf.mutation_eta + 1))
     step = jnp.maximum(jnp.round(length * span).astype(jnp.int32), 1)
     return jnp.clip(jnp.where(up, values + step, values - step), low, high)

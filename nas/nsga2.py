@@ -57,7 +57,8 @@ def nsga2(
     Args:
       space: where to search; or `Operators`, for genomes of another kind.
       population_size: P.
-      mutation_rate: chance of each gene to change; None: 1 / num_genes.
+      mutation_rate: chance of each gene to change; None: 0.5 / num_genes, half of what is
+        usual for numbers, because an integer that mutates never stays as it was.
       crossover_rate: chance of a child to have two parents.
       num_retries: how often children that repeat a known genome are mutated again.
       archive_capacity: places in the archive; 0: none is kept.
@@ -65,14 +66,15 @@ def nsga2(
       track_hypervolume: False saves its O(P^(M-1)) per generation; NaN is reported then.
 
     Raises:
-      ValueError: a size or rate out of range, or more initial genomes than places.
+      ValueError: a size or rate out of range, more initial genomes than places, or initial
+        genomes that are not of the space.
     """
     if population_size < 2:
         raise ValueError(f"population_size must be at least 2, got {population_size}")
     if archive_capacity < 0 or num_retries < 0:
         raise ValueError("archive_capacity and num_retries must not be negative")
     operators = genomes.arch_operators(space) if isinstance(space, ArchSpace) else space
-    rate = 1.0 / operators.num_genes if mutation_rate is None else mutation_rate
+    rate = 0.5 / operators.num_genes if mutation_rate is None else mutation_rate
     if not (0.0 <= rate <= 1.0 and 0.0 <= crossover_rate <= 1.0):
         raise ValueError(
             f"mutation_rate ({rate}) and crossover_rate ({crossover_rate}) must be in [0, 1]"
@@ -85,6 +87,8 @@ def nsga2(
             f"{num_initial} initial genomes do not fit a population of {population_size}; "
             "raise population_size or give fewer"
         )
+    if initial is not None and operators.check is not None and not _is_traced(initial):
+        operators.check(initial)
 
     def init(
         key: jax.Array, num_objectives: int, reference: jax.Array | None = None
@@ -127,16 +131,27 @@ def nsga2(
         return genomes.where(state.generation == 0, state.population, children)
 
     def survive(state: SearchState, pool: Pool) -> Survival:
+        finite = jnp.all(jnp.isfinite(pool.objectives), axis=1)
         # Rows that only repeat objectives add nothing to a front, and crowd it.
-        usable = jnp.all(jnp.isfinite(pool.objectives), axis=1) & ~pool.repeated
-        again = genomes.duplicates((_bits(pool.objectives), _bits(pool.violation), usable*1))
-        ranked = jnp.where((usable & ~again)[:, None], pool.objectives, jnp.nan)
+        again = genomes.duplicates(
+            (_bits(pool.objectives), _bits(pool.violation), pool.repeated.astype(jnp.int32))
+        )
+        unfit = pool.repeated | again | ~finite
+        ranked = jnp.where(unfit[:, None], jnp.nan, pool.objectives)
         rank, crowding = pareto.rank_and_crowding(
             ranked, pool.violation, num_needed=population_size
         )
-        return Survival(ordering.order(rank, ordering.sort_key(-crowding)), rank)
+        # Should unfit rows be needed: first new genomes, then old ones, then failures.
+        level = jnp.where(unfit, jnp.where(finite, jnp.where(pool.repeated, 1, 0), 2), 0)
+        lonely_first = ordering.order(ordering.sort_key(-crowding))
+        order = lonely_first[ordering.order_of_ranks((rank + level)[lonely_first])]
+        return Survival(order, rank)
 
     return Searcher(init, ask, elitist_tell(survive, track_hypervolume=track_hypervolume))
+
+
+def _is_traced(tree: genomes.Genome) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _bits(values: jax.Array) -> jax.Array:

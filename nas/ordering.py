@@ -46,6 +46,19 @@ def order_of_ranks(rank: jax.Array) -> jax.Array:
     return unpack(jax.lax.sort(packed, is_stable=False), num_rows)[1]
 
 
+def levels(key: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Ranks without gaps among the masked rows, int32 [N], and how many there are, [].
+
+    Equal keys [N], of integers, share a rank. The other rows get any number.
+    """
+    lowest = jnp.iinfo(key.dtype).min
+    key = jnp.where(mask, key, lowest)  # so that the other rows come first, as level -1
+    ordered = jax.lax.sort(key, is_stable=False)
+    previous = jnp.concatenate([jnp.full((1,), lowest, key.dtype), ordered[:-1]])
+    level = jnp.cumsum(ordered > previous, dtype=jnp.int32)
+    return level[jnp.searchsorted(ordered, key)] - 1, level[-1]
+
+
 def shuffle(bits: jax.Array) -> jax.Array:
     """A random order of the rows, int32 [N], from random bits, uint32 [N].
 

@@ -270,7 +270,9 @@ def main() -> None:
         "hardware": found.pop("hardware"),
         "versions": found,
         "seeds": arguments.seeds,
+        "population": POPULATION,
         "checkpoints": checkpoints(arguments),
+        "levels": list(validation.LEVELS),
         "grids": {name: judge_predictors(*grid) for name, grid in grids(arguments.results).items()},
         "searches": compare_searches(arguments),
     }

@@ -1,4 +1,4 @@
-"""Writes the README's tables from the committed JSON.
+"""Writes the tables of README.md and docs/NAS.md from the committed JSON.
 
     python scripts/make_tables.py
 
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import nas_tables
 
 from acme_jax.wording import METHODS
 
@@ -71,21 +74,31 @@ def facts(bench: dict[str, Any]) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Fills every table of README.md."""
-    bench = json.loads((ROOT / "docs" / "bench_main.json").read_text())
-    path = ROOT / "README.md"
+MAIN_TABLES = {
+    name: ("bench_main.json", table)
+    for name, table in {"accuracy": accuracy, "phases": phases, "facts": facts}.items()
+}
+
+
+def fill(path: Path, tables: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]]) -> None:
+    """Fills every table of one page; each must have exactly one place there."""
     text = path.read_text()
-    for name, table in {"accuracy": accuracy, "phases": phases, "facts": facts}.items():
-        body = "\n".join(table(bench))
+    for name, (source, table) in tables.items():
+        body = "\n".join(table(json.loads((ROOT / "docs" / source).read_text())))
         pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
         parts = re.split(pattern, text, flags=re.S)
         if len(parts) != 4:
             raise SystemExit(
-                f"README.md has {len(parts) // 3} places for table {name}, expected one"
+                f"{path.name} has {len(parts) // 3} places for table {name}, expected one"
             )
         text = f"{parts[0]}{parts[1]}{body}\n{parts[2]}{parts[3]}"
     path.write_text(text)
+
+
+def main() -> None:
+    """Fills both pages."""
+    fill(ROOT / "README.md", MAIN_TABLES)
+    fill(ROOT / "docs" / "NAS.md", nas_tables.TABLES)
 
 
 if __name__ == "__main__":
