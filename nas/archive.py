@@ -38,9 +38,9 @@ def insert(
 ) -> Archive:
     """The archive after meeting a population [P].
 
-    Infeasible rows, rows with NaN or infinity, repeated genomes and dominated rows are dropped. When
-    more remain than there are places, the least crowded stay (by one look at the crowding
-    distance; ties by age), so that the result is deterministic.
+    Infeasible rows, rows with NaN or infinity, repeated genomes and dominated rows are
+    dropped. When more remain than there are places, the least crowded stay (by one look at
+    the crowding distance; ties by age), so that the result is deterministic.
 
     Args:
       archive: the archive.

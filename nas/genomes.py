@@ -17,14 +17,15 @@ from nas import arch, ordering
 Genome = Any
 """A pytree of int32 arrays, or a population of them with a leading [P]."""
 Rate = jax.Array | float
+_Split = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 class Operators(NamedTuple):
     """What a searcher needs to know about a space; give your own for other genomes.
 
     Equal solutions must have equal genomes, so operators return canonical ones. The last three
-    may be left out. `vary` and `change` work on whole populations; with them a space can draw its random bits
-    at once, which is what most of the time of breeding goes to.
+    may be left out. `vary` and `change` work on whole populations, so that a space can draw
+    its random bits at once, which is what most of the time of breeding goes to.
     """
 
     num_genes: int
@@ -163,11 +164,11 @@ def duplicates(population: Genome) -> jax.Array:
         equal = jnp.all(ordered[1:] == ordered[:-1], axis=1)
         return order, classes[1:] == classes[:-1], equal
 
-    def collides(carry: tuple[jax.Array, ...]) -> jax.Array:
+    def collides(carry: _Split) -> jax.Array:
         _, _, _, together, equal = carry
         return jnp.any(together & ~equal)
 
-    def split(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def split(carry: _Split) -> _Split:
         gene, rank = carry[:2]
         column = jax.lax.dynamic_index_in_dim(genes, gene, axis=1, keepdims=False)
         rank = ordering.ranks(rank, column)

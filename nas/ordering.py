@@ -85,7 +85,7 @@ def pack(first: jax.Array, second: jax.Array) -> jax.Array:
     """
     num_rows = first.shape[0]
     wide = num_rows > _LARGEST
-    if wide and not jax.config.jax_enable_x64:
+    if wide and jnp.arange(0).dtype != jnp.int64:
         raise ValueError(
             f"{num_rows} rows are more than the {_LARGEST} that can be ranked with 32-bit "
             "integers; give fewer rows or set jax_enable_x64"

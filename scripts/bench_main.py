@@ -100,6 +100,7 @@ def summarise(arguments: Arguments, runs: list[dict[str, Any]]) -> dict[str, Any
         "lowest_grid_test_accuracy": [
             min(cell["test_accuracy"] for cell in run["results"]["grid"]) for run in runs
         ],
+        "grids": [run["results"]["grid"] for run in runs],
         "accuracy_by_seed": accuracy,
         "accuracy": {
             method: {

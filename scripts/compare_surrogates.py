@@ -1,11 +1,11 @@
 """Compares accuracy predictors, and searches with and without early rejection.
 
-    python scripts/compare_surrogates.py [--results RUN/results.json ...] [--seeds 10]
+    python scripts/compare_surrogates.py [--results docs/bench_main.json ...] [--seeds 10]
         [--out docs/surrogates.json]
 
 Part 1: leave-one-out error, rank correlation and calibration of polynomials and of the
 Performance Law on 16 uniform sub-networks: those the ACME paper (ICDCS 2025) publishes for
-its linear header, and those of each results file that holds a `grid`. (The mean of the other
+its linear header, and those of each run given (select split). (The mean of the other
 points orders points exactly backwards: the control's correlation of -1 is no defect.) Part 2:
 hypervolume of all evaluated points at equal numbers of true evaluations, on an elastic
 Transformer with the synthetic error of `synthetic_error`. Prints Markdown tables; about two
@@ -77,11 +77,20 @@ def grids(paths: tuple[Path, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     pairs = [(depth, width) for depth in (3, 6, 9, 12) for width in (3, 6, 9, 12)]
     found = {"paper, linear header": (np.asarray(pairs, float), PAPER.ravel())}
     for path in paths:
-        rows = json.loads(path.read_text()).get("grid")
-        if not rows:
-            sys.exit(f"{path} holds no `grid`; expected the results.json of a run")
-        x = np.asarray([(UNITS * row["depth"], UNITS * row["width"]) for row in rows])
-        found[str(path)] = (x, np.asarray([row["test_accuracy"] for row in rows]))
+        document = json.loads(path.read_text())
+        if "grid" in document:
+            measured = {str(path): document["grid"]}
+        elif "grids" in document:
+            names = [f"{document['preset']}, seed {seed}" for seed in document["seeds"]]
+            measured = dict(zip(names, document["grids"], strict=True))
+        else:
+            sys.exit(
+                f"{path} holds no grid of sub-networks; expected the results.json of a run, or "
+                "what scripts/bench_main.py writes"
+            )
+        for name, rows in measured.items():
+            x = np.asarray([(UNITS * row["depth"], UNITS * row["width"]) for row in rows])
+            found[name] = (x, np.asarray([row["select_accuracy"] for row in rows]))
     return found
 
 

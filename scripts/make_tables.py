@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +73,13 @@ def facts(bench: dict[str, Any]) -> list[str]:
     ]
 
 
-MAIN_TABLES = {
+MAIN_TABLES: nas_tables.Tables = {
     name: ("bench_main.json", table)
     for name, table in {"accuracy": accuracy, "phases": phases, "facts": facts}.items()
 }
 
 
-def fill(path: Path, tables: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]]) -> None:
+def fill(path: Path, tables: nas_tables.Tables) -> None:
     """Fills every table of one page; each must have exactly one place there."""
     text = path.read_text()
     for name, (source, table) in tables.items():

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Report = dict[str, Any]
 
-CONTENDERS = {"nas": "nas", "qdax": "QDax", "pymoo": "pymoo"}
+Tables = Mapping[str, tuple[str, Callable[[Report], list[str]]]]
+"""Name of a table -> the file in docs/ and what makes the table of it."""
+
+CONTENDERS = {
+    "nas": "`nas`",
+    "nas, all on": "`nas` with an archive of 256 and the hypervolume's history",
+    "qdax": "QDax",
+    "pymoo": "pymoo",
+}
 
 
 def measured(report: Report) -> str:
@@ -39,6 +47,32 @@ def quality(report: Report) -> list[str]:
         f"\nMean and standard deviation over {seeds} seeds; pymoo {report['pymoo']}.",
         measured(report),
     ]
+
+
+def speed(report: Report) -> list[str]:
+    """Time of a generation, ours and others'."""
+    rows = [
+        "| population | contender | ms a generation | times `nas` | seconds to trace and compile | "
+        "hypervolume, one seed |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| {row['population']} | {CONTENDERS[row['name']]} | {row['ms']:.2f} | "
+        f"{row['ratio']:.1f} | {row['compile_seconds']:.1f} | {row['hypervolume']:.3f} |"
+        for row in report["rows"]
+    ]
+    return [*rows, measured(report)]
+
+
+def alternatives(report: Report) -> list[str]:
+    """What else was tried for speed."""
+    sizes = [key for key in report["alternatives"][0] if key.startswith("ms_")]
+    heads = " | ".join(f"ms, population {key[3:]}" for key in sizes)
+    rows = [f"| variant | {heads} | what it is |", "|---" * (2 + len(sizes)) + "|"]
+    for row in report["alternatives"]:
+        cells = " | ".join(f"{row[key]:.2f}" for key in sizes)
+        rows.append(f"| {row['name']} | {cells} | {row['note']} |")
+    return rows
 
 
 def searchers(report: Report) -> list[str]:
@@ -134,7 +168,9 @@ def latency(report: Report) -> list[str]:
     return [*rows, f"\nThe machine repeats its own measurements to {repeats}.", measured(report)]
 
 
-TABLES: dict[str, tuple[str, Callable[[Report], list[str]]]] = {
+TABLES: Tables = {
+    "speed": ("bench_search_speed.json", speed),
+    "alternatives": ("bench_search_speed.json", alternatives),
     "quality": ("bench_search_quality.json", quality),
     "searchers": ("compare_searchers.json", searchers),
     "predictors": ("surrogates.json", predictors),
@@ -142,4 +178,3 @@ TABLES: dict[str, tuple[str, Callable[[Report], list[str]]]] = {
     "fleet": ("bench_select.json", fleet),
     "latency": ("profile_cpu.json", latency),
 }
-"""Name of a table -> the file in docs/ and what makes the table of it."""

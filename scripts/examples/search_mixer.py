@@ -3,7 +3,7 @@
     python scripts/examples/search_mixer.py [STEPS [GENERATIONS]]
 
 Trains one Mixer on 8 x 8 digits so that all of its 5^8 sub-networks work, searches them for few
-FLOPs and a low selection error, and prints the front with test errors, read once. About 30 s.
+FLOPs and a low selection error, and prints the front with test errors, read once. About 35 s.
 """
 
 import sys

@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nas import arch, archive, cost, genomes, nsga2, pareto
+from nas import arch, archive, cost, genomes, integer, nsga2, pareto
 
 TIED = arch.ArchSpace.from_fractions(8, 4, 64, per_layer=False)
 SPACE = arch.ArchSpace.from_fractions(4, 4, 16)
@@ -258,3 +260,102 @@ def test_archive_truncates_the_crowded_and_keeps_the_ends():
     kept = archive.insert(archive.empty(names, 5, 2), names, points, jnp.zeros(7))
     np.testing.assert_array_equal(kept.genomes, [0, 3, 4, 5, 6])
     assert bool(kept.valid.all())
+
+
+_bad = st.sampled_from([0.0, 1.0, 2.0, np.nan, np.inf, -np.inf])
+_table = st.lists(st.tuples(_bad, _bad, _bad), min_size=6, max_size=6)  # of six genomes
+_told = st.lists(st.lists(st.integers(0, 5), min_size=4, max_size=4), min_size=2, max_size=2)
+
+
+@settings(deadline=None, max_examples=40)
+@given(_table, _told)
+def test_any_evaluation_is_survived(four, table, generations):
+    """Whatever is told, no bad row outlives a good one, and what is kept was told."""
+    tell, state = four
+    grid = arch.grid(TIED)
+    table = np.array(table, np.float32)
+    good = np.isfinite(table[:, :2]).all(axis=1) & (table[:, 2] <= 0)
+    for names in map(np.array, generations):
+        told = _rows(grid, jnp.asarray(names))
+        state, info = tell(state, told, table[names, :2], table[names, 2])
+        assert np.all(np.diff(info.rank) >= 0)
+        assert not np.isnan(info.hypervolume)
+    seen = np.unique(generations)
+    kept = np.isfinite(state.objectives).all(axis=1) & (np.asarray(state.violation) <= 0)
+    front = {tuple(row) for row in table[seen][good[seen], :2].tolist()}
+    assert kept[: min(len(front), 4)].all()
+    archived = np.asarray(state.archive.objectives)[np.asarray(state.archive.valid)]
+    assert {tuple(row) for row in archived.tolist()} == {
+        a for a in front if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in front)
+    }
+
+
+def test_rows_that_repeat_objectives_give_way_but_outlive_failures(four):
+    tell, state = four
+    told = _rows(arch.grid(TIED), jnp.arange(4))
+    values = jnp.array([[1.0, 1.0], [1.0, 1.0], [jnp.nan, 0.0], [5.0, 5.0]])
+    state, _ = tell(state, told, values, jnp.zeros(4))
+    # One of the equal rows, the other distinct one, the repeat, then genomes told twice.
+    np.testing.assert_array_equal(state.objectives[:3, 0], [1, 5, 1])
+    assert not np.isnan(np.asarray(state.objectives)).any()
+    told = _rows(arch.grid(TIED), jnp.arange(4, 8))
+    state, _ = tell(state, told, jnp.full((4, 2), jnp.inf), jnp.zeros(4))
+    assert np.isfinite(np.asarray(state.objectives)[:3]).all()
+
+
+def test_all_infeasible_populations_go_by_violation(four):
+    tell, state = four
+    told = _rows(arch.grid(TIED), jnp.arange(4))
+    values = jnp.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0], [4.0, 4.0]])
+    state, info = tell(state, told, values, jnp.array([4.0, 3.0, 2.0, 1.0]))
+    np.testing.assert_array_equal(state.violation, [1, 2, 3, 4])
+    assert int(info.num_feasible) == 0
+    assert float(info.hypervolume) == 0
+    assert not np.any(state.archive.valid)
+
+
+def test_one_objective_is_minimised():
+    operators = integer.integer_operators(integer.genes(12, 6))
+    searcher = nsga2.nsga2(operators, population_size=20, archive_capacity=4)
+
+    def evaluate(genes):
+        return jnp.sum(jnp.square(genes - 2), axis=1, keepdims=True).astype(jnp.float32)
+
+    result = jax.jit(lambda key: nsga2.search(key, searcher, evaluate, num_generations=60))(
+        jax.random.key(0)
+    )
+    np.testing.assert_array_equal(result.population[0], np.full(12, 2))
+    assert int(result.archive.valid.sum()) == 1
+
+
+def test_initial_genomes_that_the_space_lacks_are_refused():
+    wrong = arch.grid(TIED)._replace(depth=jnp.full((16,), 5))
+    with pytest.raises(ValueError, match="depth 5"):
+        nsga2.nsga2(TIED, population_size=20, initial=wrong)
+
+
+def test_an_odd_population_breeds():
+    operators = integer.integer_operators(integer.genes(6, 4))
+    searcher = nsga2.nsga2(operators, population_size=7, num_retries=20)
+    state = jax.jit(lambda key: searcher.init(key, 2))(jax.random.key(0))
+    values = jnp.stack([jnp.arange(7.0), -jnp.arange(7.0)], axis=1)
+    state, _ = jax.jit(searcher.tell)(state, state.population, values)
+    children = jax.jit(searcher.ask)(jax.random.key(1), state)
+    assert children.shape == (7, 6)
+    together = genomes.duplicates(jnp.concatenate([state.population, children]))
+    assert not np.any(together[7:])
+
+
+def test_duplicates_are_exact_when_hashes_collide():
+    """Genomes that differ by multiples whose weights cancel share the hash."""
+    rng = np.random.default_rng(0)
+    weights = rng.integers(2**31, size=2, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+    base = np.array([[0, 0], [3, 4], [0, 0]], np.uint32)
+    shift = np.array([[weights[1], 2**32 - int(weights[0])]], np.uint32)
+    assert (shift * weights).sum(dtype=np.uint32) == 0
+    genes = np.concatenate([base, base + shift, base]).astype(np.int32)
+    expected, seen = [], set()
+    for row in genes.tolist():
+        expected.append(tuple(row) in seen)
+        seen.add(tuple(row))
+    np.testing.assert_array_equal(jax.jit(genomes.duplicates)(jnp.asarray(genes)), expected)
