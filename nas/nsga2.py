@@ -132,17 +132,13 @@ def nsga2(
 
     def survive(state: SearchState, pool: Pool) -> Survival:
         finite = jnp.all(jnp.isfinite(pool.objectives), axis=1)
-        # Rows that only repeat objectives add nothing to a front, and crowd it.
-        again = genomes.duplicates(
-            (_bits(pool.objectives), _bits(pool.violation), pool.repeated.astype(jnp.int32))
-        )
-        unfit = pool.repeated | again | ~finite
+        unfit = pool.repeated | ~finite
         ranked = jnp.where(unfit[:, None], jnp.nan, pool.objectives)
         rank, crowding = pareto.rank_and_crowding(
             ranked, pool.violation, num_needed=population_size
         )
-        # Should unfit rows be needed: first new genomes, then old ones, then failures.
-        level = jnp.where(unfit, jnp.where(finite, jnp.where(pool.repeated, 1, 0), 2), 0)
+        # Should unfit rows be needed, then duplicates before failures.
+        level = jnp.where(finite, 0, 1)
         lonely_first = ordering.order(ordering.sort_key(-crowding))
         order = lonely_first[ordering.order_of_ranks((rank + level)[lonely_first])]
         return Survival(order, rank)
@@ -152,10 +148,3 @@ def nsga2(
 
 def _is_traced(tree: genomes.Genome) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def _bits(values: jax.Array) -> jax.Array:
-    """Integers that are equal where the floats are, int32 [P, ...]."""
-    key = ordering.sort_key(values)
-    parts = jax.lax.bitcast_convert_type(key, jnp.int32)
-    return parts.reshape(values.shape[0], -1)

@@ -1,6 +1,7 @@
 """Quality of `nas.nsga2` against pymoo's NSGA-II at equal evaluations and population.
 
-    python scripts/bench_search_quality.py [--seeds 10] [--problems zdt1 ...] [--out FILE]
+    python scripts/bench_search_quality.py [--seeds 10] [--first-seed 0] [--problems zdt1 ...]
+        [--out FILE]
 
 For every problem, population and seed both search; genomes of the final population are
 evaluated again in NumPy, and the hypervolume of the feasible ones is computed by one
@@ -122,12 +123,14 @@ _hypervolume = jax.jit(pareto.hypervolume)
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=10, help="how many, from 0")
+    parser.add_argument("--seeds", type=int, default=10, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--populations", nargs="+", type=int, default=list(SETTINGS))
     parser.add_argument("--out", type=Path, help="JSON file to write; without it, prints only")
     arguments = parser.parse_args()
 
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     contenders = {"nas": search_ours, "pymoo": search_pymoo}
     rows = []
     print(f"{'problem':<10}{'P':>6}{'G':>5}  {'nas':<18}{'pymoo':<18}ratio")
@@ -143,7 +146,7 @@ def main() -> None:
             for contender, build in contenders.items():
                 start = time.perf_counter()
                 search = build(problem, population, generations)
-                values = [hypervolume(problem, search(seed)) for seed in range(arguments.seeds)]
+                values = [hypervolume(problem, search(seed)) for seed in seeds]
                 row[contender] = {
                     "hypervolume": values,
                     "mean": statistics.fmean(values),
@@ -159,7 +162,7 @@ def main() -> None:
         document = {
             "command": "python " + shlex.join(sys.argv),
             "date": datetime.date.today().isoformat(),
-            "seeds": list(range(arguments.seeds)),
+            "seeds": list(seeds),
             **run_dir.versions(),
             "pymoo": importlib.metadata.version("pymoo"),
             "rows": rows,

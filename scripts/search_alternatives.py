@@ -1,6 +1,7 @@
 """Other ways to NSGA-II's survival, kept to show what the way of `nas.nsga2` saves.
 
-All give the same ranks and, but for ties, the same survivors. Used by `bench_search_speed.py`.
+All give the same survivors, but for ties and for constraints, which they leave out. Used by
+`bench_search_speed.py`.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def test_nothing_and_one_row(num_objectives):
     rank, crowding = dominance.rank_and_crowding(one, jnp.array([3.0]))
     assert rank.tolist() == [0]
     assert np.isinf(crowding).all()
-    assert not bool(pareto.select(none, jnp.zeros(0), 1.0, rule="lowest_error").feasible)
+    with pytest.raises(ValueError, match="no candidates"):
+        pareto.select(none, jnp.zeros(0), 1.0, rule="lowest_error")
 
 
 def test_many_fronts_and_odd_sizes():
