@@ -18,6 +18,18 @@ CONTENDERS = {
 }
 
 
+WAYS = {
+    "own costs": "`fleet.select`, latency and energy of every device its own",
+    "shared costs": "`fleet.select`, all devices alike, limits their own",
+}
+
+NETWORKS = {
+    "fit": "those fitted to",
+    "held_out": "others, of measured widths",
+    "between": "others, of widths in between",
+}
+
+
 def measured(report: Report) -> str:
     """One line on how the numbers came about."""
     environment = report.get("environment", report)
@@ -137,7 +149,7 @@ def fleet(report: Report) -> list[str]:
             f"{seconds[key]:.3f}" if key in seconds else ""
             for key in ("best_s", "median_s", "first_s")
         ]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
+        rows.append(f"| {WAYS.get(name, name)} | {' | '.join(cells)} |")
     return [
         *rows,
         f"\n{report['devices']:,} devices, {report['candidates']} candidates, limits of "
@@ -150,7 +162,7 @@ def fleet(report: Report) -> list[str]:
 def latency(report: Report) -> list[str]:
     """Error of the latency models on sub-networks that they were not fitted to."""
     rows = [
-        "| batch | model | networks | mean error | largest | Kendall |",
+        "| batch | model | networks | mean error | largest | Kendall rank correlation |",
         "|---|---|---|---|---|---|",
     ]
     for batch in report["batches"]:
@@ -158,8 +170,8 @@ def latency(report: Report) -> list[str]:
             for role, e in model["error"].items():
                 tau = "" if e["kendall"] is None else f"{e['kendall']:.2f}"
                 rows.append(
-                    f"| {batch['batch_size']} | {name} | {role} | {100 * e['mape']:.1f} % | "
-                    f"{100 * e['worst']:.1f} % | {tau} |"
+                    f"| {batch['batch_size']} | {name} | {NETWORKS[role]} | "
+                    f"{100 * e['mape']:.1f} % | {100 * e['worst']:.1f} % | {tau} |"
                 )
     repeats = ", ".join(
         f"{100 * batch['repeatability']['mape']:.1f} % (batch {batch['batch_size']})"
