@@ -252,7 +252,8 @@ def main() -> None:
         "rows": compare(names, *contest),
     }
     if arguments.alternatives:
-        measured = compare(["nas", *ALTERNATIVES], *contest)
+        names = ["nas", *ALTERNATIVES]
+        measured = compare(names, arguments.populations, 1, arguments.qdax_python)
         document["alternatives"] = [
             {
                 "name": name,
