@@ -87,7 +87,13 @@ class Context:
         """`cost_model` for one device: a measured table is as much slower as its profile."""
         if not isinstance(self.cost_model, LatencyTable):
             return device.profile
-        return scaled(self.cost_model, REFERENCE_PROFILE.flops_per_s / device.profile.flops_per_s)
+        profile = device.profile
+        table = scaled(self.cost_model, REFERENCE_PROFILE.flops_per_s / profile.flops_per_s)
+        return table._replace(
+            idle_power_w=profile.idle_power_w,
+            energy_per_flop_j=profile.energy_per_flop_j,
+            energy_per_byte_j=profile.energy_per_byte_j,
+        )
 
     @property
     def header_reserve_bytes(self) -> int:

@@ -24,7 +24,7 @@ def mnist5k() -> Config:
     """The main job: 5,000 MNIST images, 3 edges with 5 devices each.
 
     Command: `python scripts/run_acme.py mnist5k`
-    Time: about 140 s and 1.9 GB on 2 CPU cores, cold, compiling included.
+    Time: about 140 s and 1.8 GB on 2 CPU cores, cold, compiling included.
     Expected: reference 0.94 on the public test split, every uniform sub-network above 0.80,
     devices 0.93 after ACME (3 seeds; docs/bench_main.json).
     """

@@ -79,7 +79,7 @@ def evolution(
     Args:
       space: where to search; or `Operators`, for genomes of another kind.
       population_size: P, which is mu and lambda.
-      mutation_rate: chance of each gene to change; None: 1 / num_genes.
+      mutation_rate: chance of each gene to change; None: 1 / (2 num_genes), as in `nsga2`.
       crossover_rate: chance of a child to have two parents.
       num_retries: how often children that repeat a known genome are mutated again.
       archive_capacity: places in the archive; 0: none is kept.

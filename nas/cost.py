@@ -2,10 +2,10 @@
 
 Everything is a pure function of one genome (`Arch`) or mask (`ArchMask`), traceable, and
 differentiable in relaxed masks; `vmap` over populations and over devices. Parameters,
-operations and bytes are exact. Latency and energy have one call form for three models of a
-device: a roofline (`DeviceProfile`), a measured table (`LatencyTable`), and ACME's own
-(`PaperConstants`); `nas.cost_fit` fits each to measurements. Shape letters: L layers,
-D embedding, H heads, K head size, F neurons, T tokens.
+operations and bytes are those of the sliced network, the last two as floats. Latency and
+energy have one call form for three models of a device: a roofline (`DeviceProfile`), a measured
+table (`LatencyTable`), and ACME's own (`PaperConstants`); `nas.cost_fit` fits each to
+measurements. Shape letters: L layers, D embedding, H heads, K head size, F neurons, T tokens.
 """
 
 from __future__ import annotations

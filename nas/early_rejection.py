@@ -162,7 +162,9 @@ def with_early_rejection(
     def judge(state: SearchState, made: genomes.Genome, size: int) -> tuple[jax.Array, jax.Array]:
         """Whether each child is rejected, 0 or 1, and its place in the order of preference."""
         prediction = predict(state.memory.params, made)
-        hopeful = prediction.mean - (margin * prediction.spread if margin else 0)
+        # An infinite spread says that nothing is known: hoping for anything would accept all.
+        slack = jnp.where(jnp.isfinite(prediction.spread), margin * prediction.spread, 0)
+        hopeful = prediction.mean - slack
         known = jax.vmap(costs)(made)
         num_known = state.objectives.shape[1] - 1
         if known.shape[1:] != (num_known,):

@@ -73,6 +73,11 @@ def nsga2(
         raise ValueError(f"population_size must be at least 2, got {population_size}")
     if archive_capacity < 0 or num_retries < 0:
         raise ValueError("archive_capacity and num_retries must not be negative")
+    if not isinstance(space, ArchSpace | genomes.Operators):
+        raise ValueError(
+            f"space is a {type(space).__name__}; expected an ArchSpace or Operators, for Genes "
+            "and pytrees of them integer.integer_operators(space)"
+        )
     operators = genomes.arch_operators(space) if isinstance(space, ArchSpace) else space
     rate = 0.5 / operators.num_genes if mutation_rate is None else mutation_rate
     if not (0.0 <= rate <= 1.0 and 0.0 <= crossover_rate <= 1.0):

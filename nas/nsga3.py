@@ -109,7 +109,7 @@ def nsga3(
 
     Raises:
       ValueError: as of `nsga2` and `reference_directions`; or more directions than members.
-        `init` and `tell` raise it too, when M is not `num_objectives`.
+        `tell` raises it too, when M is not `num_objectives`.
     """
     base = nsga2.nsga2(
         space,

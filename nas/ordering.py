@@ -13,7 +13,11 @@ _LARGEST = 2**16  # two numbers below this fit one word of 32 bits
 
 
 def sort_key(values: jax.Array) -> jax.Array:
-    """Integers whose order is that of the floats [...]; NaN is the largest, -0 equals 0."""
+    """Integers whose order is that of the numbers [...]; NaN is the largest, -0 equals 0."""
+    if jnp.issubdtype(values.dtype, jnp.integer):
+        return values
+    if values.dtype.itemsize < 4:
+        values = values.astype(jnp.float32)
     values = jnp.where(values == 0, 0, jnp.where(jnp.isnan(values), jnp.nan, values))
     integer = jnp.int64 if values.dtype == jnp.float64 else jnp.int32
     bits = jax.lax.bitcast_convert_type(values, integer)

@@ -359,3 +359,8 @@ def test_duplicates_are_exact_when_hashes_collide():
         expected.append(tuple(row) in seen)
         seen.add(tuple(row))
     np.testing.assert_array_equal(jax.jit(genomes.duplicates)(jnp.asarray(genes)), expected)
+
+
+def test_a_space_that_is_not_wrapped_is_refused():
+    with pytest.raises(ValueError, match="integer_operators"):
+        nsga2.nsga2(integer.genes(4, 3), population_size=4)

@@ -65,3 +65,10 @@ def test_pack_is_undone_and_refuses_too_many_rows():
         np.testing.assert_array_equal(given_, back)
     with pytest.raises(ValueError, match="65536"):
         jax.eval_shape(ordering.order, jax.ShapeDtypeStruct((2**16 + 1,), jnp.int32))
+
+
+def test_integers_and_half_floats_keep_their_order():
+    large = jnp.asarray([2**24 + 1, 2**24, -5])
+    np.testing.assert_array_equal(ordering.ranks(ordering.sort_key(large)), [2, 1, 0])
+    half = jnp.asarray([0.5, -2.0, jnp.inf, 0.25], jnp.bfloat16)
+    np.testing.assert_array_equal(ordering.ranks(ordering.sort_key(half)), [2, 0, 3, 1])
