@@ -200,7 +200,7 @@ def _check(
     shapes: Any = costs
     if callable(costs):
         first = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), profiles
+            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf)), profiles
         )
         shapes = jax.eval_shape(lambda profile: dict(costs(profile)), first)
     if not shapes or set(shapes) != set(limits):

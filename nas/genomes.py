@@ -65,6 +65,20 @@ def _check_arch(space: arch.ArchSpace, population: arch.Arch) -> None:
                 f"a genome has {name} {wrong[0]}, which the space does not offer; expected one "
                 f"of {choices}"
             )
+    rows, per_layer = np.shape(population.depth), (space.num_layers,)
+    for name, values in (("heads", population.heads), ("neurons", population.neurons)):
+        if np.shape(values) != rows + per_layer:
+            raise ValueError(
+                f"the genomes' {name} have shape {np.shape(values)}; expected {rows + per_layer}, "
+                "one for each layer of each genome"
+            )
+    canonical = jax.vmap(lambda genome: arch.canonical(space, genome))(population)
+    if any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(population, canonical,
+                                                                  strict=True)):  # fmt: skip
+        raise ValueError(
+            "a genome is not canonical, so that it would not be recognised as a repetition; pass "
+            "the genomes through arch.canonical under jax.vmap"
+        )
 
 
 def vary(

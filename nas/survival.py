@@ -59,6 +59,11 @@ def elitist_tell(
         objectives = objectives.astype(state.objectives.dtype)
         if violation is None:
             violation = jnp.zeros((num_rows,))
+        if violation.shape != (num_rows,):
+            raise ValueError(
+                f"tell got violation of shape {violation.shape}; expected ({num_rows},), one "
+                "number for each genome"
+            )
         violation = violation.astype(state.violation.dtype)
         # At first the state is not evaluated yet: let the told ones stand in for it.
         starting = state.generation == 0
