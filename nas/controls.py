@@ -109,10 +109,8 @@ def evolution(
         return genomes.where(state.generation == 0, state.population, children)
 
     def survive(state: SearchState, pool: Pool) -> Survival:
-        usable = jnp.all(jnp.isfinite(pool.objectives), axis=1) & ~pool.repeated
-        ranked = jnp.where(usable[:, None], pool.objectives, jnp.nan)
-        rank = pareto.non_dominated_rank(ranked, pool.violation, num_needed=population_size)
-        feasible = usable & (pool.violation <= 0)
+        rank = pareto.non_dominated_rank(pool.ranked, pool.violation, num_needed=population_size)
+        feasible = pool.usable & (pool.violation <= 0)
         # A stream of its own: no key reaches `tell`.
         key = jax.random.fold_in(jax.random.key(0), state.generation)
         shares = jax.random.exponential(key, (population_size, pool.objectives.shape[1]))

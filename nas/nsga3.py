@@ -142,10 +142,8 @@ def nsga3(
                 f"nsga3 was made for {num_objectives} objectives but was told "
                 f"{pool.objectives.shape[1]}; set num_objectives to what evaluate returns"
             )
-        usable = jnp.all(jnp.isfinite(pool.objectives), axis=1) & ~pool.repeated
-        ranked = jnp.where(usable[:, None], pool.objectives, jnp.nan)
-        rank = pareto.non_dominated_rank(ranked, pool.violation, num_needed=population_size)
-        feasible = usable & (pool.violation <= 0)
+        rank = pareto.non_dominated_rank(pool.ranked, pool.violation, num_needed=population_size)
+        feasible = pool.usable & (pool.violation <= 0)
         scaled, memory = normalise(state.memory, pool.objectives, rank, feasible)
         niche, distance = associate(scaled, jnp.asarray(unit, scaled.dtype))
         # A stream of its own: no key reaches `tell`, and genomes do not decide.

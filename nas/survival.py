@@ -24,6 +24,16 @@ class Pool(NamedTuple):
     violation: jax.Array  # [N]
     repeated: jax.Array  # [N] bool: an equal genome stands earlier
 
+    @property
+    def usable(self) -> jax.Array:
+        """Rows [N] that may compete: finite, and the first of equal genomes."""
+        return jnp.all(jnp.isfinite(self.objectives), axis=1) & ~self.repeated
+
+    @property
+    def ranked(self) -> jax.Array:
+        """Objectives [N, M] with NaN in the rows that are not usable, so that they rank last."""
+        return jnp.where(self.usable[:, None], self.objectives, jnp.nan)
+
 
 class Survival(NamedTuple):
     """Who survives."""
