@@ -41,7 +41,7 @@ class DeviceState(NamedTuple):
     momentum: optax.OptState
     mask: Array  # [G] float32, 0 where a gate is pruned
     smoothed: Array  # [G] the smoothed personalised importance
-    rounds: Array  # [] int32, personalised sets received so far
+    rounds: Array  # [] int32, the edge's number of the last set received; 0: none yet
     prune_per_round: Array  # [] int32, N; 0 is the baseline without pruning
 
 
@@ -58,14 +58,14 @@ class EdgeState(NamedTuple):
 
     weights: Array  # [C, C] row-stochastic, how much each device listens to each other one
     personalized: Array  # [C, G] the sets that go down next
-    rounds: Array  # [] int32, rounds done
+    rounds: Array  # [C] int32, sets mixed for each device so far
 
 
 class Downlink(NamedTuple):
     """What an edge sends to one device at the start of a round."""
 
     personalized: Array  # [G]
-    rounds: Array  # [] int32; 0: nothing to apply yet
+    rounds: Array  # [] int32, number of the set; a device applies each number once
 
 
 def init_device(
@@ -144,16 +144,17 @@ def refinement(dims: HeaderDims, config: RefineConfig) -> FedAlgorithm:
 
     def server_init(weights: Array) -> EdgeState:
         num_gates = header_slots.num_points(dims) * dims.channels
-        return EdgeState(weights, jnp.zeros((weights.shape[0], num_gates)), jnp.int32(0))
+        count = weights.shape[0]
+        return EdgeState(weights, jnp.zeros((count, num_gates)), jnp.zeros(count, jnp.int32))
 
     def server_message(state: EdgeState, row: Array) -> Downlink:
-        return Downlink(state.personalized[row], state.rounds)
+        return Downlink(state.personalized[row], state.rounds[row])
 
     def client_init(message: Downlink, device: DeviceState, key: Array) -> LocalState:
         del key  # local training has no randomness beyond the order of the samples
-        pruned = receive(device, message.personalized, config)
+        pruned = receive(device, message.personalized, config)._replace(rounds=message.rounds)
         device = jax.tree.map(
-            lambda new, old: jnp.where(message.rounds > 0, new, old), pruned, device
+            lambda new, old: jnp.where(message.rounds > device.rounds, new, old), pruned, device
         )
         return LocalState(device, jnp.zeros_like(device.mask), jnp.float32(0.0))
 
@@ -178,11 +179,21 @@ def refinement(dims: HeaderDims, config: RefineConfig) -> FedAlgorithm:
         return state.device, state.importance / jnp.maximum(state.steps, 1.0)
 
     def server_update(
-        state: EdgeState, updates: Array, sizes: Array
+        state: EdgeState, updates: Array, sizes: Array, rows: Array
     ) -> tuple[EdgeState, dict[str, Array]]:
-        del sizes  # already in the mixing weights where a method uses them
-        mixed = personalized_mean(state.weights, updates)
-        return EdgeState(state.weights, mixed, state.rounds + 1), {}
+        # How much a sample counts is in the mixing weights, where a method uses it; here 0
+        # says that a set did not arrive. Two sets of one device count as their mean.
+        arrived = (sizes > 0).astype(jnp.float32)
+        num_devices = state.weights.shape[0]
+        counts = jax.ops.segment_sum(arrived, rows, num_devices)
+        kept = jnp.where(arrived[:, None] > 0, updates, 0.0)
+        sets = jax.ops.segment_sum(kept, rows, num_devices) / jnp.maximum(counts, 1.0)[:, None]
+        weights = state.weights * (counts > 0)[None]
+        total = weights.sum(axis=1)
+        heard = total > 0  # else nobody that this device listens to has sent anything
+        mixed = personalized_mean(weights / jnp.where(heard, total, 1.0)[:, None], sets)
+        personalized = jnp.where(heard[:, None], mixed, state.personalized)
+        return EdgeState(state.weights, personalized, state.rounds + heard), {}
 
     return FedAlgorithm(
         server_init, server_message, client_init, client_step, client_final, server_update

@@ -194,6 +194,7 @@ def run_edge(
             f"{config.prune_per_round} are pruned a round (refine.max_pruned_fraction)"
         )
     ids = jnp.asarray([d.id for d in context.devices if d.edge == edge], jnp.int32)
+    rows = jnp.arange(len(METHODS) * count, dtype=jnp.int32)
     key = context.stream(Stream.REFINE, edge)
     data = replicate(data, context.mesh)
     tiled = replicate(
@@ -210,7 +211,9 @@ def run_edge(
             message = ImportanceSet(sets[row, gates])
             received = post.send(message, tier="edge-device", direction="up", round=index + 1)
             sets[row, gates] = received.importance
-        edge_state, _ = compiled.update_edge(cohort.edge, jnp.asarray(sets), tiled.size)
+        edge_state, _ = compiled.update_edge(
+            cohort.edge, jnp.asarray(sets), tiled.size, rows
+        )
         mixed = np.array(edge_state.personalized)
         for row in acme:
             answer = PersonalizedImportance(mixed[row, gates])

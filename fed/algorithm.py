@@ -40,5 +40,9 @@ class FedAlgorithm(NamedTuple):
     client_final: Callable[[Any, Any], tuple[Any, Any]]
     """(message, step_state) -> (client_state, update)."""
 
-    server_update: Callable[[Any, Any, jax.Array], tuple[Any, Any]]
-    """(server_state, updates [C, ...], weights [C]) -> (server_state, metrics)."""
+    server_update: Callable[[Any, Any, jax.Array, jax.Array], tuple[Any, Any]]
+    """(server_state, updates [K, ...], weights [K], rows [K]) -> (server_state, metrics).
+
+    `rows` (int32) are the cohort's rows that the updates come from. Weight 0 means that the
+    update did not arrive and must not count; a row may come twice, a late update first.
+    """

@@ -75,7 +75,6 @@ def run_round(
       ValueError: as `run_clients`, or an unknown backend.
     """
     rows = jnp.arange(data.size.shape[0], dtype=jnp.int32)
-    messages = jax.vmap(algorithm.server_message, in_axes=(None, 0))(server_state, rows)
     run: Callable[..., tuple[Any, Any, Any]]
     if backend == "map":
         run = partial(run_clients, chunk_size=chunk_size, mesh=mesh)
@@ -84,8 +83,8 @@ def run_round(
     else:
         raise ValueError(f"unknown backend {backend!r}; expected 'map' or 'loop'")
     client_states, updates, metrics = run(
-        algorithm,
-        messages,
+        _message_from_row(algorithm, server_state),
+        rows,
         client_states,
         data,
         key,
@@ -99,8 +98,25 @@ def run_round(
         # The server sees all updates whole, so its sums do not depend on the mesh.
         updates = jax.lax.with_sharding_constraint(updates, NamedSharding(mesh, PartitionSpec()))
     client_weights = data.size.astype(jnp.float32) if weights is None else weights
-    server_state, server_metrics = algorithm.server_update(server_state, updates, client_weights)
+    server_state, server_metrics = algorithm.server_update(
+        server_state, updates, client_weights, rows
+    )
     return server_state, client_states, RoundMetrics(metrics, server_metrics)
+
+
+def _message_from_row(algorithm: FedAlgorithm, server_state: Any) -> FedAlgorithm:
+    """The algorithm with a row in place of a message, so that messages are never stacked.
+
+    A message is often the whole model; a stack of them would take memory for every client.
+    """
+
+    def client_init(row: jax.Array, client_state: Any, key: jax.Array) -> Any:
+        return algorithm.client_init(algorithm.server_message(server_state, row), client_state, key)
+
+    def client_final(row: jax.Array, step_state: Any) -> tuple[Any, Any]:
+        return algorithm.client_final(algorithm.server_message(server_state, row), step_state)
+
+    return algorithm._replace(client_init=client_init, client_final=client_final)
 
 
 def run_rounds(

@@ -27,8 +27,10 @@ def fedavg(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> FedAlgor
         del client_state
         return start(message, optimizer, key)
 
-    def server_update(params: Any, updates: Any, weights: jax.Array) -> tuple[Any, dict[str, Any]]:
-        del params
+    def server_update(
+        params: Any, updates: Any, weights: jax.Array, rows: jax.Array
+    ) -> tuple[Any, dict[str, Any]]:
+        del params, rows
         return weighted_mean(weights, updates), {}
 
     return FedAlgorithm(

@@ -33,5 +33,5 @@ def local(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> FedAlgori
         client_init=client_init,
         client_step=make_step(loss_fn, optimizer),
         client_final=lambda message, state: (state.params, ()),
-        server_update=lambda state, updates, weights: (state, {}),
+        server_update=lambda state, updates, weights, rows: (state, {}),
     )

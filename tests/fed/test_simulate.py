@@ -229,7 +229,7 @@ def importance_algorithm(weights):
         client_init=lambda message, state, key: (jnp.zeros(DIMS), jnp.zeros(())),
         client_step=client_step,
         client_final=client_final,
-        server_update=lambda sets, updates, _: (
+        server_update=lambda sets, updates, *_: (
             aggregate.personalized_mean(weights, updates),
             {"spread": updates.std()},
         ),
