@@ -421,7 +421,7 @@ def test_weights_never_travel():
         ALGORITHM.server_update, edge, updates, DATA.size, jnp.arange(DATA.size.shape[0])
     )
     assert isinstance(after, EdgeState)
-    assert [leaf.shape for leaf in after] == [(3, 3), (3, LENGTH), ()]
+    assert [leaf.shape for leaf in after] == [(3, 3), (3, LENGTH), (3,)]
 
 
 def test_the_update_is_zero_where_there_is_no_gate():
