@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from acme_jax.vit_ops import attend, gelu, normalise, project_down
 from nas.cost import ModelDims
 
 Params = dict[str, Any]
@@ -55,11 +55,23 @@ _dense_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"
 
 
 def layer_norm(weights: Params, x: Array) -> Array:
-    """LayerNorm of Flax over the last axis with given `scale` and `bias`."""
-    return jnp.asarray(nn.LayerNorm().apply({"params": weights}, x))
+    """LayerNorm over the last axis with given `scale` [D] and `bias` [D]."""
+    leading = (None,) * (x.ndim - 1)
+    return normalise(x) * weights["scale"][leading] + weights["bias"][leading]
 
 
-def attention_heads(weights: Params, y: Array, head_mask: Array | None = None) -> Array:
+def _after_norm(norm: Params, y: Array, kernel: Array, bias: Array) -> Array:
+    """LayerNorm's scale and bias, then a dense layer: rows [N, D] -> [N, M].
+
+    Scale and bias go into the kernel [D, M], which is smaller than the rows it multiplies.
+    """
+    shift = (norm["bias"][:, None] * kernel).sum(axis=0)
+    return y @ (norm["scale"][:, None] * kernel) + (shift + bias)[None]
+
+
+def attention_heads(
+    weights: Params, norm: Params, y: Array, head_mask: Array | None = None
+) -> Array:
     """What some heads add to the residual stream, without the output bias.
 
     Query, key and value share one kernel: one matmul on the hot path.
@@ -67,38 +79,49 @@ def attention_heads(weights: Params, y: Array, head_mask: Array | None = None) -
     Args:
       weights: qkv_kernel [D, 3, H, K], qkv_bias [3, H, K], out_kernel [H, K, D] of any
         number of heads; contributions of disjoint heads add up.
-      y: normalised hidden states [B, T, D].
+      norm: scale and bias of the LayerNorm before.
+      y: hidden states [B, T, D] from `vit_ops.normalise`.
       head_mask: [H], scales each head.
     """
     batch, tokens, embed = y.shape
     heads, size = weights["out_kernel"].shape[:2]
-    # Explicit batched matmuls: much faster on CPU than multiply-and-sum attention.
-    qkv = y.reshape(batch * tokens, embed) @ weights["qkv_kernel"].reshape(embed, -1)
-    qkv = qkv.reshape(batch, tokens, 3, heads, size) + weights["qkv_bias"][None, None]
-    query, key, value = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
-    scores = jnp.matmul(query * size**-0.5, key.transpose(0, 1, 3, 2))
-    context = jnp.matmul(nn.softmax(scores), value)
+    kernel, bias = weights["qkv_kernel"].reshape(embed, -1), weights["qkv_bias"].reshape(-1)
+    qkv = _after_norm(norm, y.reshape(batch * tokens, embed), kernel, bias)
+    context = attend(qkv.reshape(batch, tokens, 3, heads, size))
     if head_mask is not None:
         # Scaling the context equals scaling the probabilities (ACME's xi).
-        context = context * head_mask[None, :, None, None]
-    context = context.transpose(0, 2, 1, 3).reshape(batch * tokens, heads * size)
+        context = context * head_mask[None, None, :, None]
+    context = context.reshape(batch * tokens, heads * size)
     return (context @ weights["out_kernel"].reshape(-1, embed)).reshape(y.shape)
 
 
-def mlp_neurons(weights: Params, y: Array, neuron_mask: Array | None = None) -> Array:
+def mlp_neurons(weights: Params, norm: Params, y: Array, neuron_mask: Array | None = None) -> Array:
     """What some neurons add to the residual stream, without the output bias.
 
     Args:
       weights: up_kernel [D, F], up_bias [F], down_kernel [F, D] of any number of neurons;
         contributions of disjoint neurons add up.
-      y: normalised hidden states [B, T, D].
+      norm: scale and bias of the LayerNorm before.
+      y: hidden states [B, T, D] from `vit_ops.normalise`.
       neuron_mask: [F], scales each activation.
     """
     flat = y.reshape(-1, y.shape[-1])
-    hidden = nn.gelu(flat @ weights["up_kernel"] + weights["up_bias"][None], approximate=False)
+    hidden = gelu(_after_norm(norm, flat, weights["up_kernel"], weights["up_bias"]))
     if neuron_mask is not None:
         hidden = hidden * neuron_mask[None]
-    return (hidden @ weights["down_kernel"]).reshape(y.shape)
+    return project_down(hidden, weights["down_kernel"]).reshape(y.shape)
+
+
+class Norm(nn.Module):
+    """Parameters of a LayerNorm, which the layer after it applies."""
+
+    @nn.compact
+    def __call__(self, size: int) -> Params:
+        """Scale and bias [size]."""
+        return {
+            "scale": self.param("scale", nn.initializers.ones, (size,)),
+            "bias": self.param("bias", nn.initializers.zeros, (size,)),
+        }
 
 
 class Attention(nn.Module):
@@ -123,8 +146,8 @@ class Attention(nn.Module):
             "out_kernel": self.param("out_kernel", out_init, (heads, size, embed)),
         }
         out_bias = self.param("out_bias", nn.initializers.zeros, (embed,))
-        y = nn.LayerNorm(name="norm")(x)
-        return attention_heads(weights, y, head_mask) + out_bias[None, None]
+        norm = Norm(name="norm")(embed)
+        return attention_heads(weights, norm, normalise(x), head_mask) + out_bias[None, None]
 
 
 class Mlp(nn.Module):
@@ -142,8 +165,8 @@ class Mlp(nn.Module):
             "down_kernel": self.param("down_kernel", _dense_init, (neurons, embed)),
         }
         down_bias = self.param("down_bias", nn.initializers.zeros, (embed,))
-        y = nn.LayerNorm(name="norm")(x)
-        return mlp_neurons(weights, y, neuron_mask) + down_bias[None, None]
+        norm = Norm(name="norm")(embed)
+        return mlp_neurons(weights, norm, normalise(x), neuron_mask) + down_bias[None, None]
 
 
 class Block(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from flax import linen as nn
 
-from acme_jax import slicing
+from acme_jax import slicing, vit_ops
 from acme_jax.vit import ViTConfig, layer_norm
 from nas import cost
 from nas.arch import ArchSpace, full, sample
@@ -63,23 +63,38 @@ def norm(x, scale, bias):
     return layer_norm({"scale": scale, "bias": bias}, x)
 
 
-def gelu(x):
-    return nn.gelu(x, approximate=False)
+def fold(scale, shift, kernel, bias):
+    """LayerNorm's scale and bias in the dense layer behind it."""
+    return scale[:, None] * kernel, (shift[:, None] * kernel).sum(axis=0) + bias
+
+
+def fold_flops(arch):
+    """What the weights cost in each call, whatever the batch."""
+    embed, size = CONFIG.embed_dim, CONFIG.dims.head_size
+    total = CONFIG.dims.num_tokens * embed  # bias and position
+    for layer in slicing.kept_blocks(arch):
+        for outputs in (3 * int(arch.heads[layer]) * size, int(arch.neurons[layer])):
+            total += xla_flops(fold, (embed,), (embed,), (embed, outputs), (outputs,))
+    return total
+
+
+EMPTY_PATCH = 2 * CONFIG.dims.patch_dim * CONFIG.embed_dim
+"""CLS is embedded like a patch of zeros: quicker, and not counted as needed work."""
 
 
 def elementwise_flops(arch):
     """What XLA counts besides matrix products for one example: its count of every piece."""
     tokens, embed, size = CONFIG.dims.num_tokens, CONFIG.embed_dim, CONFIG.dims.head_size
-    norm_flops = xla_flops(norm, (tokens, embed), (embed,), (embed,))
-    total = embed * (tokens - 1) + embed * tokens  # the patches' bias, the positions
+    norm_flops = xla_flops(vit_ops.normalise, (tokens, embed))
+    total = embed * tokens  # bias and position
     for layer in slicing.kept_blocks(arch):
         heads, neurons = int(arch.heads[layer]), int(arch.neurons[layer])
         total += 2 * norm_flops
         total += tokens * heads * size * (3 + 1)  # bias of query, key, value; the query's scale
         total += xla_flops(nn.softmax, (heads, tokens, tokens))
-        total += tokens * neurons + xla_flops(gelu, (tokens, neurons))
+        total += tokens * neurons + xla_flops(vit_ops.gelu, (tokens, neurons))
         total += 4 * tokens * embed  # two biases and two residuals
-    total += xla_flops(norm, (1, embed), (embed,), (embed,)) + CONFIG.num_classes
+    total += EMPTY_PATCH + xla_flops(norm, (1, embed), (embed,), (embed,)) + CONFIG.num_classes
     return total
 
 
@@ -96,7 +111,7 @@ def test_flops_are_exactly_the_matmuls_of_the_sliced_network(batch):
     for arch in genomes():
         sliced = slicing.slice_params(PARAMS, arch)
         counted = matmul_flops(jax.make_jaxpr(logits)(sliced, images(batch)).jaxpr)
-        assert batch * int(cost.num_flops(CONFIG.dims, arch)) == counted
+        assert batch * (int(cost.num_flops(CONFIG.dims, arch)) + EMPTY_PATCH) == counted
 
 
 def test_xla_counts_the_same_matmuls_and_known_elementwise_operations_on_top():
@@ -105,8 +120,8 @@ def test_xla_counts_the_same_matmuls_and_known_elementwise_operations_on_top():
         lowered = jax.jit(logits).lower(sliced, images(BATCH))
         ours = BATCH * float(cost.num_flops(CONFIG.dims, arch))
         by_xla = lowered.cost_analysis()["flops"]
-        assert ours < by_xla < 1.3 * ours  # at an embedding of 64; the excess falls as 1 / D
-        explained = ours + BATCH * elementwise_flops(arch)
+        assert ours < by_xla < 1.4 * ours  # at an embedding of 64; the excess falls as 1 / D
+        explained = ours + BATCH * elementwise_flops(arch) + fold_flops(arch)
         np.testing.assert_allclose(by_xla, explained, rtol=1e-5)
 
 
