@@ -11,9 +11,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from fed.pairwise import pairwise_sum
+
 WassersteinMethod = Literal["flat", "per_dimension", "sliced"]
 
-_TILE = 256  # values summed in one go: bounds float32 rounding, and stays in cache
+_LARGE = 2**17  # values, from which on sorting in parts pays
+_SORT_PARTS = 4
 
 
 def pairwise_wasserstein(
@@ -60,7 +63,8 @@ def pairwise_wasserstein(
         values = _sorted(jnp.matmul(samples, directions, precision="highest"))
     else:
         raise ValueError(f"unknown method {method!r}; expected 'flat', 'per_dimension' or 'sliced'")
-    return _mean_absolute_differences(values.reshape(num_clients, -1))
+    values = values.reshape(num_clients, -1)
+    return pairwise_sum(values, lambda a, b: jnp.abs(a - b)) / values.shape[1]
 
 
 def quantile_sketch(
@@ -120,15 +124,9 @@ def pairwise_js(samples: jax.Array, *, num_bins: int = 32) -> jax.Array:
     _check_samples(samples)
     values = _sorted(samples.astype(jnp.float32))
     masses = _bin_masses(jnp.moveaxis(values, 2, 1), num_bins)
-
-    def row(own: jax.Array) -> jax.Array:
-        mixture = 0.5 * (masses + own[None])
-        divergence = 0.5 * (
-            _relative_entropy(masses, mixture) + _relative_entropy(own[None], mixture)
-        )
-        return divergence.mean(axis=1)
-
-    return jnp.maximum(jax.lax.map(row, masses), 0.0)
+    num_clients, num_dims, _ = masses.shape
+    total = pairwise_sum(masses.reshape(num_clients, -1), _js_term)
+    return jnp.maximum(total / num_dims, 0.0)
 
 
 def similarity(distance: jax.Array) -> jax.Array:
@@ -180,22 +178,11 @@ def _from_ordered_int(keys: jax.Array) -> jax.Array:
 
 def _sorted(values: jax.Array) -> jax.Array:
     """Sorts float32 [C, N, D] along N."""
-    return _from_ordered_int(jnp.sort(_to_ordered_int(values), axis=1))
-
-
-def _mean_absolute_differences(values: jax.Array) -> jax.Array:
-    """mean_k |values[i, k] - values[j, k]| for all pairs: [C, K] -> [C, C]."""
-    num_clients, length = values.shape
-    padding = -length % _TILE
-    tiles = jnp.pad(values, ((0, 0), (0, padding))).reshape(num_clients, -1, _TILE)
-
-    def add_tile(total: jax.Array, tile: jax.Array) -> tuple[jax.Array, None]:
-        part = jax.lax.map(lambda own: jnp.abs(tile - own[None]).sum(axis=1), tile)
-        return total + part, None
-
-    start = jnp.zeros((num_clients, num_clients), jnp.float32)
-    total, _ = jax.lax.scan(add_tile, start, jnp.moveaxis(tiles, 1, 0))
-    return total / length
+    keys = _to_ordered_int(values)
+    # XLA's CPU back end sorts on one core, but runs operations that are independent at once.
+    parts = _SORT_PARTS if values.size >= _LARGE and len(values) >= _SORT_PARTS else 1
+    ordered = [jnp.sort(part, axis=1) for part in jnp.array_split(keys, parts)]
+    return _from_ordered_int(jnp.concatenate(ordered))
 
 
 def _bin_masses(values: jax.Array, num_bins: int) -> jax.Array:
@@ -219,14 +206,19 @@ def _bin_masses(values: jax.Array, num_bins: int) -> jax.Array:
     # The outer edges hold all the mass, also where all values of a dimension are equal.
     distribution = jnp.pad(inside, ((0, 0), (0, 0), (1, 0)))
     distribution = jnp.pad(distribution, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)
-    return jnp.diff(distribution, axis=2)
+    return jnp.maximum(jnp.diff(distribution, axis=2), 0.0)
 
 
-def _relative_entropy(mass: jax.Array, reference: jax.Array) -> jax.Array:
-    """KL(mass || reference) along the last axis; reference > 0 wherever mass > 0."""
-    positive = mass > 0
-    ratio = jnp.where(positive, mass, 1.0) / jnp.where(positive, reference, 1.0)
-    return jnp.where(positive, mass * jnp.log(ratio), 0.0).sum(axis=-1)
+def _js_term(own: jax.Array, other: jax.Array) -> jax.Array:
+    """What one bin adds to the divergence of two distributions; exactly 0 for equal masses."""
+    tiny = jnp.finfo(jnp.float32).tiny  # 0 log 0 = 0
+    mixture = jnp.maximum(0.5 * (own + other), tiny)
+    # Ordered, because a fused multiply-add rounds one of the two products and not the other.
+    low, high = jnp.minimum(own, other), jnp.maximum(own, other)
+    return 0.5 * (
+        low * jnp.log(jnp.maximum(low, tiny) / mixture)
+        + high * jnp.log(jnp.maximum(high, tiny) / mixture)
+    )
 
 
 def _check_samples(samples: jax.Array) -> None:

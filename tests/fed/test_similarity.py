@@ -31,6 +31,106 @@ def test_flat_equals_scipy():
     assert distance.dtype == jnp.float32
 
 
+def sorted_reference(samples, method):
+    """Plain NumPy in float64: mean absolute differences of sorted values."""
+    values = samples.astype(np.float64)
+    if method == "flat":
+        values = values.reshape(len(values), -1, 1)
+    ordered = np.sort(values, axis=1)
+    return np.stack([np.abs(ordered - own).mean(axis=(1, 2)) for own in ordered])
+
+
+pairwise = jax.jit(similarity.pairwise_wasserstein, static_argnames="method")
+pairwise_js = jax.jit(similarity.pairwise_js)
+
+
+def unlike_clients(num_clients, num_samples, num_dims, seed=4):
+    rng = np.random.default_rng(seed)
+    spread = rng.uniform(0.5, 2, (num_clients, 1, num_dims))
+    samples = rng.normal(size=(num_clients, num_samples, num_dims)) * spread
+    return (samples + rng.normal(size=(num_clients, 1, num_dims))).astype(np.float32)
+
+
+@pytest.mark.parametrize("scale, offset", [(1, 0), (1, 1e3), (1e-6, 0), (1e-6, 1e-2), (1e6, -1e7)])
+def test_many_clients_equal_scipy_at_any_magnitude(scale, offset):
+    samples = (scale * unlike_clients(19, 30, 7) + offset).astype(np.float32)
+    flat = reference(samples.reshape(19, -1))
+    np.testing.assert_allclose(pairwise(samples, method="flat"), flat, rtol=1e-6)
+    expected = sorted_reference(samples, "per_dimension")
+    np.testing.assert_allclose(pairwise(samples, method="per_dimension"), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_clients", [1, 15, 16, 17, 300])
+def test_any_number_of_clients(num_clients):
+    # Below 16 vectors run over coordinates; beyond 256 there are several tiles.
+    samples = unlike_clients(num_clients, 5, 3)
+    for method in ("flat", "per_dimension"):
+        distance = np.asarray(pairwise(samples, method=method))
+        np.testing.assert_allclose(distance, sorted_reference(samples, method), rtol=1e-6)
+        np.testing.assert_array_equal(distance, distance.T)
+        np.testing.assert_array_equal(np.diag(distance), 0)
+
+
+def test_equal_steps_are_summed_without_drift():
+    # The same number added again and again is always rounded the same way.
+    samples = np.repeat(np.float32(0.1) * np.arange(17, dtype=np.float32), 60_000)
+    samples = samples.reshape(17, 6_000, 10)
+    values = samples[:, 0, 0].astype(np.float64)
+    expected = np.abs(values[:, None] - values[None])
+    np.testing.assert_allclose(pairwise(samples, method="flat"), expected, rtol=5e-7)
+
+
+def test_order_of_samples_and_of_clients_does_not_matter():
+    samples, rng = unlike_clients(19, 30, 7), np.random.default_rng(5)
+    shuffled = rng.permuted(samples.reshape(19, -1), axis=1).reshape(samples.shape)
+    np.testing.assert_array_equal(
+        pairwise(shuffled, method="flat"), pairwise(samples, method="flat")
+    )
+    shuffled, clients = rng.permuted(samples, axis=1), rng.permutation(19)
+    distance = np.asarray(pairwise(samples, method="per_dimension"))
+    np.testing.assert_array_equal(pairwise(shuffled, method="per_dimension"), distance)
+    np.testing.assert_allclose(
+        pairwise(samples[clients], method="per_dimension"),
+        distance[clients][:, clients],
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("num_clients", [5, 19])
+def test_vmap_over_edges_equals_a_loop(num_clients):
+    edges = np.stack([unlike_clients(num_clients, 30, 7, seed) for seed in range(3)])
+
+    def both(samples):
+        distance = similarity.pairwise_wasserstein(samples, method="per_dimension")
+        return distance, similarity.pairwise_js(samples)
+
+    distances, divergences = jax.jit(jax.vmap(both))(edges)
+    mapped = jax.jit(lambda e: jax.lax.map(both, e))(edges)
+    for edge, samples in enumerate(edges):
+        distance = pairwise(samples, method="per_dimension")
+        divergence = pairwise_js(samples)
+        for one, other in ((distances, divergences), mapped):
+            np.testing.assert_allclose(one[edge], distance, rtol=1e-6)
+            np.testing.assert_allclose(other[edge], divergence, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["flat", "per_dimension", "js", "edges"])
+def test_memory_is_linear_in_the_input(kind):
+    wasserstein = functools.partial(similarity.pairwise_wasserstein, method="per_dimension")
+    function, shape = {
+        "flat": (functools.partial(similarity.pairwise_wasserstein, method="flat"), (1024, 40, 32)),
+        "per_dimension": (wasserstein, (1024, 40, 32)),
+        "js": (similarity.pairwise_js, (1024, 32, 32)),
+        "edges": (jax.vmap(wasserstein), (1000, 12, 32, 16)),
+    }[kind]
+    samples = jax.ShapeDtypeStruct(shape, jnp.float32)
+    memory = jax.jit(function).lower(samples).compile().memory_analysis()
+    # One value for each pair and coordinate would take 1000 times the input, 12 for the edges.
+    assert memory.temp_size_in_bytes < 8 * (
+        memory.argument_size_in_bytes + memory.output_size_in_bytes
+    )
+
+
 def test_flat_stays_accurate_on_many_values():
     samples = np.random.default_rng(1).normal(size=(3, 200, 768)).astype(np.float32)
     samples += np.arange(3, dtype=np.float32)[:, None, None] / 4
@@ -84,6 +184,13 @@ def test_integer_sort_orders_like_floats():
     assert np.signbit(ordered[expected == 0]).tolist() == [True, False]
 
 
+@pytest.mark.parametrize("num_clients", [3, 6])
+def test_sorting_in_parts_changes_nothing(num_clients, monkeypatch):
+    monkeypatch.setattr(similarity, "_LARGE", 1)
+    values = unlike_clients(num_clients, 30, 7)
+    np.testing.assert_array_equal(similarity._sorted(jnp.asarray(values)), np.sort(values, axis=1))
+
+
 def test_sketch_is_hazen_s_quantile():
     levels = (np.arange(8) + 0.5) / 8
     expected = np.quantile(SAMPLES[0].astype(np.float64), levels, axis=0, method="hazen")
@@ -135,6 +242,14 @@ def js_reference(samples, num_bins):
 def test_js_equals_scipy():
     divergence = jax.jit(similarity.pairwise_js)(SAMPLES)
     np.testing.assert_allclose(divergence, js_reference(SAMPLES, 32), atol=2e-5)
+    np.testing.assert_array_equal(np.diag(divergence), 0)
+
+
+def test_js_of_many_clients_equals_scipy():
+    samples = unlike_clients(17, 12, 2)
+    divergence = np.asarray(pairwise_js(samples))
+    np.testing.assert_allclose(divergence, js_reference(samples, 32), atol=2e-5)
+    np.testing.assert_array_equal(divergence, divergence.T)
     np.testing.assert_array_equal(np.diag(divergence), 0)
 
 
