@@ -33,10 +33,11 @@ class DeviceState(NamedTuple):
 
     Header and gates are in the uniform form of `acme_jax.header_slots`, and the cell is data:
     one compiled program serves the devices of every edge. [G] is that form's gate vector,
-    whose places without a gate are masked from the start.
+    whose places without a gate are masked from the start. Where all devices share a static cell,
+    header and gates are in compact form, and the cell stands in the program instead.
     """
 
-    cell: Cell
+    cell: Cell | tuple[()]
     params: Params  # of the header
     momentum: optax.OptState
     mask: Array  # [G] float32, 0 where a gate is pruned
@@ -74,24 +75,33 @@ def init_device(
     dims: HeaderDims,
     prune_per_round: int,
     config: RefineConfig,
+    *,
+    static: bool = False,
 ) -> DeviceState:
     """State of a device that has just received its header in compact form. Host function.
 
     Leaves stay NumPy arrays: the caller stacks a cohort, and every operation of JAX outside
-    jit would compile a program of its own.
+    jit would compile a program of its own. With `static` the state is for a `refinement` that
+    is given the cell.
     """
-    slots = header_slots.to_slots(params, cell, dims)
-    mask = np.zeros(header_slots.num_points(dims) * dims.channels, np.float32)
-    mask[header_slots.gate_positions(dims, cell)] = 1.0
-    inputs, ops = (
-        np.asarray([[block[i], block[i + 2]] for block in cell], np.int32) for i in (0, 1)
-    )
+    if static:
+        weights = jax.tree.map(np.asarray, params)
+        mask = np.ones(header.num_gates(dims, cell), np.float32)
+        genes: Cell | tuple[()] = ()
+    else:
+        weights = header_slots.to_slots(params, cell, dims)
+        mask = np.zeros(header_slots.num_points(dims) * dims.channels, np.float32)
+        mask[header_slots.gate_positions(dims, cell)] = 1.0
+        inputs, ops = (
+            np.asarray([[block[i], block[i + 2]] for block in cell], np.int32) for i in (0, 1)
+        )
+        genes = Cell(*cast(Any, (inputs, ops)))
     return DeviceState(
-        cell=Cell(*cast(Any, (inputs, ops))),
-        params=slots,
+        cell=genes,
+        params=weights,
         momentum=jax.tree.map(  # zero at first
             lambda leaf: np.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(optimizer(config).init, slots),
+            jax.eval_shape(optimizer(config).init, weights),
         ),
         mask=cast(Any, mask),
         smoothed=cast(Any, np.zeros_like(mask)),
@@ -117,7 +127,9 @@ def receive(state: DeviceState, personalized: Array, config: RefineConfig) -> De
     )
 
 
-def refinement(dims: HeaderDims, config: RefineConfig) -> FedAlgorithm:
+def refinement(
+    dims: HeaderDims, config: RefineConfig, *, cell: StaticCell | None = None
+) -> FedAlgorithm:
     """ACME's refinement as a federated algorithm.
 
     The update that travels up is the importance set I_k [G]: the plain mean over the steps
@@ -128,22 +140,23 @@ def refinement(dims: HeaderDims, config: RefineConfig) -> FedAlgorithm:
     Args:
       dims: of the headers.
       config: learning rate, momentum, weight decay, smoothing.
+      cell: the static cell of all devices (`init_device(..., static=True)`), many of which then
+        run fast under one `vmap`; None: every device's state holds its own.
     """
     sgd = optimizer(config)
 
     def loss_fn(
         params: Params, gates: Array, device: DeviceState, batch: Batch
     ) -> tuple[Array, Array]:
-        logits = header_slots.apply(
-            params, device.cell, dims, batch.inputs, gates=gates, mask=device.mask
-        )
+        logits = _logits(device._replace(params=params), dims, cell, batch.inputs, gates)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         total = jnp.maximum(batch.weight.sum(), 1.0)
         correct = (jnp.argmax(logits, axis=-1) == batch.labels) * batch.weight
         return jnp.sum(losses * batch.weight) / total, jnp.sum(correct) / total
 
     def server_init(weights: Array) -> EdgeState:
-        num_gates = header_slots.num_points(dims) * dims.channels
+        points = header_slots.num_points(dims) * dims.channels
+        num_gates = points if cell is None else header.num_gates(dims, cell)
         count = weights.shape[0]
         return EdgeState(weights, jnp.zeros((count, num_gates)), jnp.zeros(count, jnp.int32))
 
@@ -232,15 +245,30 @@ def mixing_weights(sketches: Array, sizes: Array, key: Array, config: RefineConf
     )
 
 
-def evaluate(states: DeviceState, data: ClientData, dims: HeaderDims) -> Array:
-    """Accuracy [C] of every device's pruned header on its own samples."""
+def evaluate(
+    states: DeviceState,
+    data: ClientData,
+    dims: HeaderDims,
+    *,
+    cell: StaticCell | None = None,
+    chunk_size: int | None = None,
+) -> Array:
+    """Accuracy [C] of every device's pruned header on its own samples.
+
+    Args:
+      states: of the devices.
+      data: of the devices.
+      dims: of the headers.
+      cell: as for `refinement`.
+      chunk_size: devices in one `vmap`; None: one after the other.
+    """
 
     def one(args: tuple[DeviceState, Array, Array, Array]) -> Array:
         state, inputs, labels, size = args
-        logits = header_slots.apply(state.params, state.cell, dims, inputs, mask=state.mask)
-        return _accuracy(logits, labels, size)
+        return _accuracy(_logits(state, dims, cell, inputs, None), labels, size)
 
-    return lax.map(one, (states, data.inputs, data.labels, data.size))
+    rows = (states, data.inputs, data.labels, data.size)
+    return lax.map(one, rows, batch_size=chunk_size)
 
 
 def linear_loss(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
@@ -268,6 +296,20 @@ def optimizer(config: RefineConfig) -> optax.GradientTransformation:
         optax.add_decayed_weights(config.weight_decay),
         optax.sgd(config.learning_rate, momentum=config.momentum),
     )
+
+
+def _logits(
+    state: DeviceState,
+    dims: HeaderDims,
+    cell: StaticCell | None,
+    inputs: Array,
+    gates: Array | None,
+) -> Array:
+    """Of one device's header [N, num_classes], in the form that its state has."""
+    if cell is not None:
+        return header.apply(state.params, cell, dims, inputs, gates=gates, mask=state.mask)
+    genes = cast(Cell, state.cell)
+    return header_slots.apply(state.params, genes, dims, inputs, gates=gates, mask=state.mask)
 
 
 def _accuracy(logits: Array, labels: Array, size: Array) -> Array:

@@ -115,6 +115,19 @@ def test_mapped_round_equals_plain_loop(algorithm, schedule):
     assert_close(jax.jit(round_)(), loop)
 
 
+def test_a_client_without_samples_takes_no_step():
+    empty = 2
+    states = clients.replicate(PARAMS, NUM_CLIENTS)
+    data = DATA._replace(size=DATA.size.at[empty].set(0))
+    round_ = functools.partial(
+        simulate.run_round, LOCAL, (), states, data, KEY, 3, client_ids=IDS, batch_size=4, epochs=1
+    )
+    _, after, metrics = jax.jit(round_)()
+    assert_equal(clients.take_row(after, empty), PARAMS)
+    assert metrics.client["loss"][empty] == 0 and int(metrics.counts.arrived) == NUM_CLIENTS - 1
+    assert_close(((), after, metrics), round_(backend="loop"))
+
+
 def test_padding_changes_nothing():
     more = 11
     padded = clients.ClientData(
