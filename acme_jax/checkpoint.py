@@ -3,18 +3,17 @@
 Layout: `<directory>/step_00000012/` holds `arrays/` (an Orbax checkpoint of the leaves),
 `meta.json` (the caller's data and the description of the leaves) and `manifest.json` (the
 SHA-256 of every other file). It is written under a temporary name and renamed when complete,
-so that a process killed at any moment leaves either the whole checkpoint or none.
+so that a process killed at any moment leaves either the whole checkpoint or none. In a job of
+several processes one of them saves, alone, what all have (`fed.multihost.to_host`), so that a
+checkpoint does not know how many processes or devices wrote it.
 
 A pytree is stored as its list of leaves with their paths. It comes back in the structure of a
 template, so NamedTuples, tuples and optimizer states need no registration, and PRNG keys,
 dtypes and bits are those that were saved.
-
-Orbax takes half a second to import; it is imported by the first save or restore.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from acme_jax.run_dir import write_json
+from acme_jax import checkpoint_files
 
 _PREFIX = "step_"
 _TEMPORARY = "tmp_"
@@ -92,22 +91,33 @@ class CheckpointStore:
 
         Returns:
           The checkpoint's directory.
+
+        Raises:
+          CheckpointError: it could not be written, such as on a full disk; what was written of it
+            is removed, the older checkpoints are untouched, and the message says which is newest.
         """
         final = self._path(step)
         temporary = self._directory / f"{_TEMPORARY}{final.name}"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
         leaves, described = [], []
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             array, description = _encode(leaf)
             leaves.append(array)
             described.append({"path": jax.tree_util.keystr(path), **description})
-        _orbax_save(temporary / "arrays", leaves)
-        write_json(
-            temporary / "meta.json",
-            {"step": step, "milestone": milestone, "meta": meta or {}, "leaves": described},
-        )
-        write_json(temporary / "manifest.json", _digests(temporary))
+        content = {"step": step, "milestone": milestone, "meta": meta or {}, "leaves": described}
+        try:
+            checkpoint_files.write(temporary, leaves, content)
+        except Exception as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            failure = checkpoint_files.disk_failure(error, self._directory, leaves)
+            if failure is None:
+                raise
+            older = self.steps()
+            kept = f"the newest kept is step {older[-1]}" if older else "there is no older one"
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self._directory}: "
+                f"{failure}; {kept}; make room or mend the directory, then continue from there"
+            ) from error
         if final.exists():  # Replaced, not merged; older steps cover the moment between.
             discarded = self._directory / f"{_TEMPORARY}old_{final.name}"
             final.rename(discarded)
@@ -159,7 +169,7 @@ class CheckpointStore:
         saved = {leaf["path"]: leaf for leaf in described}
         if template is not None:
             _check_template(saved, template, step)
-        data = _orbax_restore(self._path(step) / "arrays", len(described))
+        data = checkpoint_files.read_arrays(self._path(step), len(described))
         leaves = [_decode(array, leaf) for array, leaf in zip(data, described, strict=True)]
         by_path = dict(zip(saved, leaves, strict=True))
         if template is None:
@@ -183,7 +193,7 @@ class CheckpointStore:
             expected = dict(json.loads((path / "manifest.json").read_text()))
         except (OSError, ValueError, TypeError):
             raise CheckpointError("its manifest is missing or unreadable") from None
-        found = _digests(path)
+        found = checkpoint_files.digests(path)
         for name in sorted(set(expected) | set(found)):
             if name not in found:
                 raise CheckpointError(f"file {name} is missing")
@@ -262,30 +272,3 @@ def _check_template(saved: dict[str, dict[str, Any]], template: Any, step: int) 
                 f"{where}: {path} is {stored['dtype']} {stored['shape']}, expected "
                 f"{expected['dtype']} {expected['shape']}"
             )
-
-
-def _digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file below a directory, except the manifest itself."""
-    return {
-        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path != directory / "manifest.json"
-    }
-
-
-def _orbax_save(path: Path, leaves: list[np.ndarray]) -> None:
-    import orbax.checkpoint as ocp
-
-    # Orbax stores neither empty arrays nor empty trees; the count makes the tree non-empty.
-    stored = {f"{i:05d}": leaf for i, leaf in enumerate(leaves) if leaf.size}
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(path, {"num_leaves": np.int32(len(leaves)), **stored})
-
-
-def _orbax_restore(path: Path, num_leaves: int) -> list[np.ndarray | None]:
-    """The leaves by number; None for those that Orbax does not store because they are empty."""
-    import orbax.checkpoint as ocp
-
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        stored = checkpointer.restore(path)
-    return [stored.get(f"{i:05d}") for i in range(num_leaves)]

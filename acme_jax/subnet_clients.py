@@ -127,12 +127,28 @@ def buckets(
     host = jax.tree.map(np.asarray, archs)
     rows = [Arch(*(leaf[row] for leaf in host)) for row in range(len(host.depth))]
     shapes = assign_shapes(rows, config.dims, max_buckets)
-    flops = jax.jit(jax.vmap(lambda arch: num_flops(config.dims, arch)))(archs)
     return make_buckets(
-        shapes,
-        lambda shape: sliced(config, space, optimizer, shape),
-        cost=np.asarray(flops).tolist(),
+        shapes, lambda shape: sliced(config, space, optimizer, shape), cost=_cost(config, archs)
     )
+
+
+_FIXED = 0.1
+"""Time of a block that does not shrink with its width (norms, residuals, transposes), as a part
+of the full block's matrix products; from a profile of the ViT of `scripts/bench_clients.py`."""
+
+
+def _cost(config: ViTConfig, archs: Arch) -> list[float]:
+    """Relative time of a step of each client, for sharing them out over devices."""
+    flops = jax.jit(jax.vmap(lambda arch: num_flops(config.dims, arch)))
+    blocks = np.asarray(archs.depth)
+    layers = config.num_layers
+    whole = Arch(
+        jnp.full(1, layers, jnp.int32),
+        jnp.full((1, layers), config.num_heads, jnp.int32),
+        jnp.full((1, layers), config.num_neurons, jnp.int32),
+    )
+    fixed = _FIXED * float(flops(whole)[0]) / layers
+    return [float(cost) for cost in np.asarray(flops(archs)) + fixed * blocks]
 
 
 def weighted_loss(logits: Array, batch: Batch) -> Array:

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/NAS.md from the committed JSON.
+"""Writes the tables of README.md and the pages in docs from the committed JSON.
 
     python scripts/make_tables.py
 
@@ -12,7 +12,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import client_tables
+import fed_tables
 import nas_tables
+import scale_tables
+import scaling_tables
 
 from acme_jax.wording import METHODS
 
@@ -95,9 +99,12 @@ def fill(path: Path, tables: nas_tables.Tables) -> None:
 
 
 def main() -> None:
-    """Fills both pages."""
+    """Fills every page."""
     fill(ROOT / "README.md", MAIN_TABLES)
     fill(ROOT / "docs" / "NAS.md", nas_tables.TABLES)
+    for module in (fed_tables, client_tables, scale_tables):
+        fill(ROOT / "docs" / "FED.md", module.TABLES)
+    fill(ROOT / "docs" / "DISTRIBUTED.md", scaling_tables.TABLES)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,17 +228,65 @@ def test_interrupted_save_is_ignored_and_cleaned(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path)
     store.save(1, {"x": jnp.zeros(2)})
 
-    def fail(*_):
-        raise OSError("disk full")
+    def interrupt(*_):
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("acme_jax.checkpoint._digests", fail)
-        with pytest.raises(OSError, match="disk full"):
+        patch.setattr("acme_jax.checkpoint_files.digests", interrupt)
+        with pytest.raises(KeyboardInterrupt):
             store.save(2, {"x": jnp.ones(2)})
     assert store.steps() == [1]
     assert len(list(tmp_path.iterdir())) == 2
     assert CheckpointStore(tmp_path).restore_latest({"x": jnp.zeros(2)}).step == 1
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
+# What tensorstore says, and what the system says to the JSON files.
+TENSORSTORE_FULL = ValueError(
+    'RESOURCE_EXHAUSTED: Error writing "00000/0" in OCDBT database: Failed to write 6742016 bytes '
+    "to file 11: No space left on device [os_error_code='28']"
+)
+SYSTEM_FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("failure", [TENSORSTORE_FULL, SYSTEM_FULL])
+def test_full_disk_is_one_line_and_costs_no_older_checkpoint(tmp_path, monkeypatch, failure):
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, {"x": jnp.zeros(2)})
+
+    def fail(*_):
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr("acme_jax.checkpoint_files.digests", fail)
+        with pytest.raises(CheckpointError) as caught:
+            store.save(2, {"x": jnp.ones(250_000)})
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (str(tmp_path), "step 2", "disk is full", "1.0 MB needed", "MB free", "step 1;"):
+        assert part in message
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    assert store.restore_latest({"x": jnp.zeros(2)}).step == 1
+
+
+def test_too_little_room_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=999)
+    monkeypatch.setattr("acme_jax.checkpoint_files.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("acme_jax.checkpoint_files._orbax_alone", None)
+    with pytest.raises(CheckpointError, match=r"the disk is full .*; there is no older one"):
+        store.save(1, {"x": jnp.zeros(250)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_failures_of_a_save_are_not_dressed_up(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("acme_jax.checkpoint_files.digests", fail)
+    with pytest.raises(ValueError, match="a bug") as caught:
+        CheckpointStore(tmp_path).save(1, {"x": jnp.zeros(2)})
+    assert not isinstance(caught.value, CheckpointError)
 
 
 WRITER = """
