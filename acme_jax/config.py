@@ -304,6 +304,9 @@ class ComputeConfig:
     fast_compile: bool = False
     """Leave out XLA's expensive passes: for short runs, which mostly compile. Another number
     of devices then changes losses by 1e-5 instead of 1e-6, because programs round apart."""
+    compilation_cache: str | None = None
+    """Directory in which compiled programs are kept for later runs on the same kind of machine
+    with the same JAX; None: every run compiles. It only grows; delete it at any time."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "checkpoint_every")
@@ -312,6 +315,10 @@ class ComputeConfig:
             _check(
                 value is None or value > 0, f"ComputeConfig.{name} must be positive, got {value}"
             )
+        _check(
+            self.compilation_cache != "",
+            "ComputeConfig.compilation_cache is empty; give a directory, or leave it out",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from acme_jax import device_store, feature_pool, layout
 from acme_jax.config import ConfigError, RefineConfig
 from acme_jax.device_store import EdgeSource, StoreConfig
 from acme_jax.fleet_refinement import DeviceResults, FleetSetup, Shared, make_step, traffic
+from acme_jax.performance import memory
 from acme_jax.progress import Phase, Reporter, StopFlag, peak_memory_bytes
 from acme_jax.run_dir import RunError, differences, versions, write_json
 from fed import mapped, stream
@@ -169,8 +169,7 @@ class _Recorder:
             "devices_per_s": rate,
             "accuracy_before": float(np.mean(done.results.accuracy_before)),
             "accuracy_after": float(np.mean(done.results.accuracy_after)),
-            "rss_bytes": resident_bytes(),
-            "device_memory_bytes": _device_memory(),
+            **memory(),
         }
         with (self._out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -180,21 +179,6 @@ class _Recorder:
         self._last = now
         self._phase.advance(devices, f"{rate:,.0f} devices/s")
         return self._stop.requested
-
-
-def resident_bytes() -> int | None:
-    """Resident memory of this process now; None where /proc does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _device_memory() -> int | None:
-    """Bytes in use on the first accelerator; None on CPU, which does not say."""
-    statistics = jax.devices()[0].memory_stats()
-    return None if statistics is None else statistics.get("bytes_in_use")
 
 
 def _default_chunk(config: SimulationConfig, platform: str) -> int:

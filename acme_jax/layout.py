@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +33,12 @@ def configure(config: ComputeConfig) -> None:
 
     Call it before anything touches a JAX device; afterwards it has no effect. An explicit
     `--xla_force_host_platform_device_count` in XLA_FLAGS is left alone.
+
+    Raises:
+      ConfigError: the directory for compiled programs cannot be made or written.
     """
+    if config.compilation_cache is not None:
+        _keep_programs(config.compilation_cache)
     flags = os.environ.get("XLA_FLAGS", "")
     if config.fast_compile:
         jax.config.update("jax_disable_most_optimizations", True)
@@ -42,6 +48,26 @@ def configure(config: ComputeConfig) -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jax.config.update("jax_num_cpu_devices", config.num_devices or cores or 1)
+
+
+def _keep_programs(directory: str) -> None:
+    """Keeps every compiled program, also small ones: a run has hundreds of them."""
+    path = Path(directory).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"compute.compilation_cache: cannot make the directory {path} ({error.strerror}); "
+            "choose another one, or leave it out"
+        ) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"compute.compilation_cache: {path} cannot be written; choose another directory, or "
+            "leave it out"
+        )
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # no lower limit
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:

@@ -23,6 +23,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from acme_jax.phase_trace import PhaseTrace
+
 Mode = Literal["auto", "live", "plain", "quiet"]
 
 _PLAIN_INTERVAL_S = 5.0
@@ -43,8 +45,8 @@ class PhaseTime(NamedTuple):
     compile_seconds: float
 
 
-class PhaseTimer:
-    """Records seconds and compile seconds of phases, which must not nest.
+class Stopwatch:
+    """Seconds and compile seconds of a `with` body; known when it has ended, also by an error.
 
     JAX reports each trace, lowering and compilation when it ends, inner ones (a jitted function
     called while another is traced) before the outer one that contains them. The time is
@@ -52,30 +54,44 @@ class PhaseTimer:
     """
 
     def __init__(self) -> None:
+        self.seconds = 0.0
+        self.compile_seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._intervals: list[tuple[float, float]] = []
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._start
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+        self.compile_seconds = sum((end - begin for begin, end in self._intervals), 0.0)
+
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event in _COMPILE_EVENTS:
+            end = time.perf_counter()
+            start = end - duration_secs
+            while self._intervals and self._intervals[-1][1] > start:
+                start = min(start, self._intervals.pop()[0])
+            self._intervals.append((start, end))
+
+
+class PhaseTimer:
+    """Records seconds and compile seconds of phases, which must not nest."""
+
+    def __init__(self) -> None:
         self.records: list[PhaseTime] = []
 
     @contextlib.contextmanager
     def measure(self, phase: str) -> Iterator[None]:
         """Times the body; also when it raises."""
-        intervals: list[tuple[float, float]] = []
-
-        def listen(event: str, duration_secs: float, **_: Any) -> None:
-            if event in _COMPILE_EVENTS:
-                end = time.perf_counter()
-                start = end - duration_secs
-                while intervals and intervals[-1][1] > start:
-                    start = min(start, intervals.pop()[0])
-                intervals.append((start, end))
-
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        start = time.perf_counter()
+        watch = Stopwatch()
         try:
-            yield
+            with watch:
+                yield
         finally:
-            seconds = time.perf_counter() - start
-            jax.monitoring.unregister_event_duration_listener(listen)
-            compiled = sum((end - begin for begin, end in intervals), 0.0)
-            self.records.append(PhaseTime(phase, seconds, compiled))
+            self.records.append(PhaseTime(phase, watch.seconds, watch.compile_seconds))
 
 
 def peak_memory_bytes() -> int:
@@ -133,6 +149,8 @@ class Phase:
           text: a short metric, such as "loss 0.31".
         """
         self._done += num
+        if self._reporter.trace is not None:
+            self._reporter.trace.unit()
         if self._task is not None:
             self._reporter.bars.update(self._task, advance=num, text=text)
         now = time.perf_counter()
@@ -151,10 +169,18 @@ class Reporter:
     "plain" prints a line at the start and end of each phase and at most one each 5 s between.
     "quiet" prints nothing. "auto" is live on a terminal and plain elsewhere.
 
-    Use as a context manager; phases follow one another and do not nest.
+    Use as a context manager; phases follow one another and do not nest. With a `trace` the
+    phase that it names is traced.
     """
 
-    def __init__(self, mode: Mode = "auto", *, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        mode: Mode = "auto",
+        *,
+        console: Console | None = None,
+        trace: PhaseTrace | None = None,
+    ) -> None:
+        self.trace = trace
         self.console = console or Console(soft_wrap=True)
         self.mode = mode
         if mode == "auto":
@@ -182,20 +208,24 @@ class Reporter:
             self.bars.stop()
 
     @contextlib.contextmanager
-    def phase(self, name: str, total: int, *, done: int = 0) -> Iterator[Phase]:
+    def phase(self, name: str, total: int, *, done: int = 0, stride: int = 1) -> Iterator[Phase]:
         """Shows and times one phase.
 
         Args:
           name: shown, and the key of the timer's record.
           total: units of work in the phase.
           done: of these, units an earlier start of the run has done already.
+          stride: units done at once, before `advance` is called.
         """
         task = None
         if self.mode == "live":
             task = self.bars.add_task(name, total=total, completed=done, text="")
         if self.mode == "plain":
             self.say(f"{name} ...")
-        with self.timer.measure(name):
+        traced: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.trace is not None:
+            traced = self.trace.during(name, -(-(total - done) // stride))
+        with self.timer.measure(name), traced:
             yield Phase(self, name, total, done, task)
         if self.mode == "plain":
             record = self.timer.records[-1]

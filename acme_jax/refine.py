@@ -19,13 +19,14 @@ from jax import Array
 from jax.sharding import Mesh
 
 from acme_jax import device as device_tier
-from acme_jax import header_slots
+from acme_jax import header_layout, header_slots
 from acme_jax.config import RefineConfig
 from acme_jax.context import Context, Stream
 from acme_jax.device import DeviceState, EdgeState, Mixing
 from acme_jax.header_layout import HeaderDims
 from acme_jax.layout import replicate
 from acme_jax.messages import FeatureSketch, ImportanceSet, PersonalizedImportance
+from acme_jax.performance import RoundMeter, measured_peak
 from acme_jax.post import Post
 from acme_jax.session import Rows
 from acme_jax.vit import Params
@@ -158,6 +159,18 @@ def initial_cohort(
     )
 
 
+def round_flops(dims: HeaderDims, cell: StaticCell, samples: int) -> float:
+    """FLOPs of a round's training: forward and both gradients, all methods and the baseline.
+
+    Args:
+      dims: of the headers.
+      cell: of the edge's header, counted dense: pruned gates are masked, which saves nothing.
+      samples: of all devices together.
+    """
+    linear = 2.0 * dims.embed_dim * dims.num_classes
+    return 3.0 * samples * (len(METHODS) * header_layout.num_flops(dims, cell) + linear)
+
+
 def run_edge(
     context: Context,
     post: Post,
@@ -203,17 +216,16 @@ def run_edge(
     )
 
     def advance(cohort: Cohort, index: int) -> tuple[Cohort, Rows]:
+        cohort = replicate(cohort, context.mesh)
         devices, updates, linear_params, metrics = compiled.local_round(
-            replicate(cohort, context.mesh), tiled, data, key, jnp.int32(index), ids
+            cohort, tiled, data, key, jnp.int32(index), ids
         )
         sets = np.array(updates)
         for row in acme:
             message = ImportanceSet(sets[row, gates])
             received = post.send(message, tier="edge-device", direction="up", round=index + 1)
             sets[row, gates] = received.importance
-        edge_state, _ = compiled.update_edge(
-            cohort.edge, jnp.asarray(sets), tiled.size, rows
-        )
+        edge_state, _ = compiled.update_edge(cohort.edge, jnp.asarray(sets), tiled.size, rows)
         mixed = np.array(edge_state.personalized)
         for row in acme:
             answer = PersonalizedImportance(mixed[row, gates])
@@ -232,6 +244,15 @@ def run_edge(
         numbers |= {f"loss_{m}": float(loss) for m, loss in zip(METHODS, losses, strict=True)}
         return Cohort(edge_state, devices, linear_params), [numbers]
 
+    def meter() -> RoundMeter:
+        samples = int(np.sum(np.asarray(data.size)))
+        return RoundMeter(
+            clients=len(METHODS) * count,
+            flops=round_flops(context.header_dims, cell, samples),
+            peak_flops_per_second=measured_peak(context.mesh),
+            mesh=context.mesh,
+        )
+
     return context.session.loop(
         f"refinement, edge {edge}",
         total=config.rounds,
@@ -240,4 +261,5 @@ def run_edge(
         advance=advance,
         extra=lambda: {"ledger": post.to_records()},
         restored=lambda extra: post.from_records(extra["ledger"]),
+        meter=meter,
     )

@@ -21,6 +21,7 @@ from acme_jax import (
     device_model,
     header_slots,
     messages,
+    performance,
     report,
     supernet,
     tables,
@@ -65,7 +66,7 @@ def finish(context: Context, post: Post, made: Cloud, edges: list[Edge]) -> dict
     with session.phase("models of the devices"):
         export(context, made, edges, results)
     with session.phase("matmul peak"):
-        peak = benchmark.matmul_peak(context.mesh)
+        peak = performance.measured_peak(context.mesh)
     timing = measure_timing(context, peak)
     with session.phase("report"):
         loading = LOADING.format(

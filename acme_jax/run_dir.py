@@ -4,8 +4,11 @@
 config.json     the resolved configuration (its fingerprint identifies the run)
 versions.json   Python, packages, commit and hardware of the first start
 metrics.jsonl   one JSON object a line; no times in it, so that a resumed run's file is equal
+performance.jsonl  seconds, rates and memory of every epoch and round, also of those that a
+                killed start did and a later one did again
 run.log         dated lines, of every start
-tensorboard/    the same metrics as TensorBoard events
+tensorboard/    the same numbers as TensorBoard events
+profile/        with --profile only: a trace of one phase (`acme_jax.phase_trace`)
 checkpoints/    see `acme_jax.checkpoint`
 ```
 """
@@ -15,20 +18,21 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
 from acme_jax.config import Config, from_dict
+from acme_jax.json_lines import JsonLines, plain
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _METRICS = "metrics.jsonl"
+_PERFORMANCE = "performance.jsonl"
 _FINISHED = "results.json"
 
 
@@ -63,7 +67,8 @@ class RunDirectory:
         self.config = config
         self.step = 0
         """Number of metrics rows written so far, also the last row's `step`."""
-        self._metrics: TextIO | None = None
+        self._metrics = JsonLines(path / _METRICS)
+        self._performance = JsonLines(path / _PERFORMANCE)
         self._events: Any = None
 
     @classmethod
@@ -83,7 +88,7 @@ class RunDirectory:
             raise RunError(f"{path} is not a directory; choose another --run-dir")
         if (run.path / "config.json").exists():
             run._check_same_run(resume)
-            run.step = len(run._rows())
+            run.step = len(run._metrics.lines())
         else:
             run._check_empty()
             run.path.mkdir(parents=True, exist_ok=True)
@@ -113,13 +118,26 @@ class RunDirectory:
             resumed run must equal those of an uninterrupted one. NaN and infinity, which JSON
             lacks, become null.
         """
-        if self._metrics is None:
-            self._metrics = self._open_metrics()
+        self._open_events()
         self.step += 1
-        row = {"step": self.step, "phase": phase} | {k: _plain(v) for k, v in values.items()}
-        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-        self._metrics.flush()  # To the operating system: survives SIGKILL.
-        self._add_events(row)
+        row = {"step": self.step, "phase": phase} | {k: plain(v) for k, v in values.items()}
+        self._metrics.append(row)
+        self._add_metrics(row)
+
+    def append_performance(self, phase: str, *, done: int, **values: float) -> None:
+        """Appends one row `{"phase", "done", ...values}` to performance.jsonl and TensorBoard.
+
+        A resumed run keeps all rows, so units that were done twice have two.
+
+        Args:
+          phase: name of the phase; the TensorBoard tags are `performance/PHASE/NAME`.
+          done: units of the phase done so far, TensorBoard's step.
+          **values: times, rates, bytes.
+        """
+        self._open_events()
+        row = {"phase": phase, "done": done} | {k: plain(v) for k, v in values.items()}
+        self._performance.append(row)
+        self._add_performance(row)
 
     def truncate_to(self, step: int) -> None:
         """Drops the metrics rows after the first `step` ones, and a torn last line.
@@ -128,13 +146,13 @@ class RunDirectory:
           RunError: there are fewer rows than that.
         """
         self.close()
-        rows = self._rows()
+        rows = self._metrics.lines()
         if len(rows) < step:
             raise RunError(
                 f"{self.path / _METRICS} has {len(rows)} rows, but the checkpoint was written "
                 f"after {step}; the file was altered, so start again in another --run-dir"
             )
-        self._write_rows(rows[:step])
+        self._metrics.replace(rows[:step])
         self.step = step
 
     def log(self, text: str) -> None:
@@ -145,10 +163,11 @@ class RunDirectory:
 
     def close(self) -> None:
         """Closes the open files; the next row opens them again."""
-        if self._metrics is not None:
-            self._metrics.close()
+        self._metrics.close()
+        self._performance.close()
+        if self._events is not None:
             self._events.close()
-        self._metrics = self._events = None
+        self._events = None
 
     def _check_same_run(self, resume: bool) -> None:
         try:
@@ -179,39 +198,33 @@ class RunDirectory:
                 "--run-dir or empty it"
             )
 
-    def _rows(self) -> list[str]:
-        """The complete lines of metrics.jsonl; a last line without its end is torn."""
-        path = self.path / _METRICS
-        if not path.exists():
-            return []
-        lines = path.read_text(errors="replace").splitlines(keepends=True)
-        return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
-
-    def _write_rows(self, rows: list[str]) -> None:
-        temporary = _temporary(self.path / _METRICS)
-        temporary.write_text("".join(rows))
-        temporary.replace(self.path / _METRICS)
-
-    def _open_metrics(self) -> TextIO:
-        """Opens the metrics for appending, and TensorBoard events that hold the same rows.
+    def _open_events(self) -> None:
+        """Opens TensorBoard events that hold the same rows as both files.
 
         Events are written again from the rows: what a killed run had not flushed is not lost,
         and what came after the checkpoint does not show.
         """
+        if self._events is not None:
+            return
         from tensorboardX import SummaryWriter
 
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         self._events = SummaryWriter(str(self.path / "tensorboard"), flush_secs=10)
-        rows = self._rows()
-        for row in rows:
-            self._add_events(json.loads(row))
-        self._write_rows(rows)  # Without a torn last line, to which the next row would stick.
-        return (self.path / _METRICS).open("a")
+        for line in self._metrics.lines():
+            self._add_metrics(json.loads(line))
+        for line in self._performance.lines():
+            self._add_performance(json.loads(line))
 
-    def _add_events(self, row: dict[str, Any]) -> None:
+    def _add_metrics(self, row: dict[str, Any]) -> None:
+        self._add_events(row["phase"], row, row["step"])
+
+    def _add_performance(self, row: dict[str, Any]) -> None:
+        self._add_events(f"performance/{row['phase']}", row, row["done"])
+
+    def _add_events(self, prefix: str, row: dict[str, Any], step: int) -> None:
         for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._events.add_scalar(f"{row['phase']}/{name}", value, row["step"])
+            if name not in ("step", "done") and isinstance(value, int | float):
+                self._events.add_scalar(f"{prefix}/{name}", value, step)
 
 
 def differences(stored: dict[str, Any], asked: dict[str, Any]) -> str:
@@ -276,12 +289,3 @@ def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-def _plain(value: Any) -> Any:
-    """A JSON-ready copy: arrays become (nested lists of) Python numbers."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import jax
 
 from acme_jax.checkpoint import CheckpointStore
+from acme_jax.performance import RoundMeter
 from acme_jax.progress import Phase, Reporter, StopFlag
 from acme_jax.run_dir import RunDirectory
 from acme_jax.training import NonFiniteLossError
@@ -58,6 +59,7 @@ class Session:
         template: Callable[[dict[str, Any]], Any] | None = None,
         extra: Callable[[], dict[str, Any]] | None = None,
         restored: Callable[[dict[str, Any]], None] | None = None,
+        meter: Callable[[], RoundMeter] | None = None,
     ) -> State:
         """Runs `state, rows = advance(state, index)` for index 0, stride, ... below `total`.
 
@@ -73,6 +75,8 @@ class Session:
             `initial()`.
           extra: JSON-ready values to store beside the arrays.
           restored: receives those values when the state is read back.
+          meter: makes what measures each call of `advance`; only called if there is work to do,
+            before the phase's time starts. None: one that knows of seconds and memory only.
 
         Raises:
           StoppedError: after saving, when a stop was asked for.
@@ -88,21 +92,24 @@ class Session:
         if done == 0:
             self.complete_phases.add(name)
         self.check_stop(name, done, total)  # A stop that came since the last unit of a loop.
-        with self.phase(name, total, done) as phase:
+        measuring = RoundMeter() if meter is None else meter()
+        with self.phase(name, total, done, stride) as phase:
             saved = done
             while done < total:
-                state, rows = advance(state, done)
+                with measuring.measure() as performance:
+                    state, rows = advance(state, done)
+                    jax.block_until_ready(state)
                 count = min(stride, total - done)
                 self._check_finite(name, done, rows)
                 for row in rows:
                     self.run.append_metrics(name, **row)
                 done += count
+                self.run.append_performance(name, done=done, **performance)
                 phase.advance(count - self._ticks, _summary(rows))
                 self._ticks = 0
                 if done == total or done - saved >= every or self._stop.requested:
                     values = {} if extra is None else extra()
                     meta = {"metrics_step": self.run.step, "done": done, "extra": values}
-                    jax.block_until_ready(state)
                     store.save(done, state, meta)
                     saved = done
                 self.check_stop(name, done, total)
@@ -117,10 +124,10 @@ class Session:
             )
 
     @contextmanager
-    def phase(self, name: str, total: int = 1, done: int = 0) -> Iterator[Phase]:
+    def phase(self, name: str, total: int = 1, done: int = 0, stride: int = 1) -> Iterator[Phase]:
         """A phase that is shown and timed but not checkpointed (cheap and deterministic)."""
         self.run.log(f"{name}: starts at {done} of {total}")
-        with self.reporter.phase(name, total, done=done) as phase:
+        with self.reporter.phase(name, total, done=done, stride=stride) as phase:
             self._current = phase
             yield phase
         self._current = None

@@ -47,7 +47,7 @@ def run_once(arguments: Arguments, size: int) -> dict[str, Any]:
         subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
         summary = json.loads((out / "summary.json").read_text())
         lines = (out / "metrics.jsonl").read_text().splitlines()
-    resident = [json.loads(line)["rss_bytes"] for line in lines]
+    resident = [json.loads(line)["host_memory_bytes"] for line in lines]
     return summary | {
         "cohorts": len(lines),
         "rss_first_bytes": resident[0],

@@ -50,6 +50,8 @@ class Arguments:
     """Directory of the Fashion-MNIST files; None: found by itself."""
     out: Path = Path("runs/devices")
     """Results, metrics and state."""
+    compilation_cache: str | None = None
+    """Directory in which compiled programs are kept for later runs; None: every run compiles."""
     prepare: bool = False
     """Only make the devices' data."""
 
@@ -89,7 +91,11 @@ def report(summary: dict[str, Any]) -> str:
 
 def run(arguments: Arguments) -> int:
     """Simulates; returns the exit status."""
-    layout.configure(ComputeConfig(num_devices=arguments.num_devices))
+    layout.configure(
+        ComputeConfig(
+            num_devices=arguments.num_devices, compilation_cache=arguments.compilation_cache
+        )
+    )
     # Imported late: the layout must be set before JAX starts.
     from acme_jax import device_store, feature_pool, fleet_simulation
     from acme_jax.device_store import StoreConfig

@@ -40,6 +40,7 @@ from fed.aggregate import weighted_mean
 from fed.algorithm import FedAlgorithm
 from fed.algorithms.fedavg import fedavg
 from fed.algorithms.local import local
+from fed.chunks import ChunkPlan, free_bytes, plan_chunk
 from fed.clients import Batch, ClientData
 from fed.errors import PartitionError
 from fed.partition import dirichlet
@@ -79,7 +80,9 @@ class Arguments:
     job: tyro.conf.OmitArgPrefixes[Job] = dataclasses.field(default_factory=Job)
     rounds: int = 10
     chunk: int | None = None
-    """Clients in one vmapped chunk; None chooses by backend."""
+    """Clients in one vmapped chunk; None: one on CPU, on accelerators as many as fit."""
+    compilation_cache: str | None = None
+    """Directory in which compiled programs are kept for later runs; None: every run compiles."""
     num_devices: int | None = None
     """Host (CPU) devices of this process; None: one a core. Accelerators are all used."""
     coordinator: str | None = None
@@ -115,9 +118,8 @@ def make_algorithm(job: Job, vit: ViTConfig) -> FedAlgorithm:
     return make(loss_fn, optax.sgd(job.learning_rate))
 
 
-def make_round(arguments: Arguments, algorithm: FedAlgorithm, mesh: Mesh) -> Any:
+def make_round(job: Job, algorithm: FedAlgorithm, mesh: Mesh, chunk: int | None) -> Any:
     """Compilable (state, data, round) -> (state, mean loss over all samples)."""
-    job = arguments.job
     everywhere = NamedSharding(mesh, PartitionSpec())
     spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
@@ -127,12 +129,36 @@ def make_round(arguments: Arguments, algorithm: FedAlgorithm, mesh: Mesh) -> Any
         server, clients, metrics = run_round(
             algorithm, state.server, state.clients, data, jax.random.key(job.seed), round_index,
             client_ids=jnp.arange(data.size.shape[0], dtype=jnp.int32), weights=size,
-            batch_size=job.batch_size, epochs=job.epochs, chunk_size=arguments.chunk, mesh=mesh,
+            batch_size=job.batch_size, epochs=job.epochs, chunk_size=chunk, mesh=mesh,
         )  # fmt: skip
         losses = jax.lax.with_sharding_constraint(metrics.client["loss"], everywhere)
         return State(server, clients), weighted_mean(size, losses)
 
     return jax.jit(step, donate_argnums=0, out_shardings=(State(everywhere, spread), everywhere))
+
+
+def plan_round(
+    arguments: Arguments, algorithm: FedAlgorithm, mesh: Mesh, state: State, data: ClientData
+) -> ChunkPlan:
+    """The compiled round, with as many clients in a chunk as fit into every process's memory.
+
+    Raises:
+      ConfigError: the chunk that was asked for does not fit, or nothing does.
+    """
+
+    def compile_for(chunk: int) -> jax.stages.Compiled:
+        program = make_round(arguments.job, algorithm, mesh, chunk)
+        return program.lower(state, data, np.int32(0)).compile()
+
+    free = free_bytes(mesh)
+    least = int(multihost.from_all(-1 if free is None else free).min())
+    try:
+        return plan_chunk(
+            compile_for, arguments.job.clients, memory_bytes=None if least < 0 else least,
+            requested=arguments.chunk, mesh=mesh, arguments_on_device=True,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(f"--chunk: {error}") from None
 
 
 def initial_state(job: Job, vit: ViTConfig, num_rows: int) -> State:
@@ -180,8 +206,10 @@ def train(arguments: Arguments, processes: int, checkpoints: JobCheckpoints, mes
     data = multihost.from_local(mesh, load_clients(pool, parts, mine), job.clients)
     vit = model_of(job, pool, data.inputs.shape[2:])
     state, done = checkpoints.restore(initial_state(job, vit, job.clients))
-    program = make_round(arguments, make_algorithm(job, vit), mesh)
-    program = program.lower(state, data, np.int32(0)).compile()
+    plan = plan_round(arguments, make_algorithm(job, vit), mesh, state, data)
+    if multihost.is_main():
+        print(plan.text, flush=True)
+    program = plan.compiled
     space = ArchSpace.from_fractions(vit.num_layers, vit.num_heads, vit.num_neurons, (1.0,))
     flops = reference_flops(vit, space) * job.epochs * sum(map(len, parts))
     peak = job_peak()
@@ -240,7 +268,8 @@ def main() -> int:
     job = multihost.Job()
     try:
         check(arguments)
-        layout.configure(ComputeConfig(num_devices=arguments.num_devices))
+        layout.configure(ComputeConfig(num_devices=arguments.num_devices,
+                                       compilation_cache=arguments.compilation_cache))  # fmt: skip
         if arguments.coordinator is not None:
             found = arguments.coordinator == "auto"
             job = multihost.initialize(

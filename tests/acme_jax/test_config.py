@@ -50,6 +50,7 @@ def test_section_that_is_no_mapping():
         ("refine", "prune_per_round", -1, "prune_per_round must not be negative"),
         ("reference", "learning_rate", float("nan"), "learning_rate must be positive, got nan"),
         ("compute", "client_chunk", 0, "client_chunk must be positive, got 0"),
+        ("compute", "compilation_cache", "", "compilation_cache is empty; give a directory"),
     ],
 )
 def test_bad_values(section, key, value, message):
@@ -72,5 +73,7 @@ def test_fingerprint_follows_what_changes_results_and_nothing_else():
     ]
     prints = {c.fingerprint() for c in [config, *changed]}
     assert len(prints) == 1 + len(changed)
-    layout = dataclasses.replace(config.compute, num_devices=1, client_chunk=4)
+    layout = dataclasses.replace(
+        config.compute, num_devices=1, client_chunk=4, compilation_cache="programs"
+    )
     assert dataclasses.replace(config, compute=layout).fingerprint() == config.fingerprint()

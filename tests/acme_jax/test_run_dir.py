@@ -127,6 +127,34 @@ def test_metrics_rows(tmp_path):
     assert "width/loss" not in found
 
 
+def performance(path):
+    return [json.loads(line) for line in (path / "performance.jsonl").read_text().splitlines()]
+
+
+def test_performance_rows_are_kept_on_resume_and_do_not_touch_the_metrics(tmp_path):
+    run = create(tmp_path)
+    for done in (1, 2):
+        run.append_metrics("train", loss=1.0 / done)
+        run.append_performance("train", done=done, seconds=0.5 * done, clients_per_second=4.0)
+    run.close()
+    with (tmp_path / "performance.jsonl").open("a") as file:
+        file.write('{"phase": "tr')  # Torn by a kill.
+    run = create(tmp_path, resume=True)
+    run.truncate_to(1)
+    run.append_metrics("train", loss=0.5)
+    run.append_performance("train", done=2, seconds=7.0)
+    run.close()
+    assert performance(tmp_path) == [
+        {"phase": "train", "done": 1, "seconds": 0.5, "clients_per_second": 4.0},
+        {"phase": "train", "done": 2, "seconds": 1.0, "clients_per_second": 4.0},
+        {"phase": "train", "done": 2, "seconds": 7.0},
+    ]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+    found = events(tmp_path)
+    assert found["performance/train/seconds"] == [(1, 0.5), (2, 1.0), (2, 7.0)]
+    assert [step for step, _ in found["train/loss"]] == [1, 2]
+
+
 def test_resume_drops_later_rows_and_equals_an_uninterrupted_run(tmp_path):
     def log(run, start, stop):
         for i in range(start, stop):
@@ -138,8 +166,9 @@ def test_resume_drops_later_rows_and_equals_an_uninterrupted_run(tmp_path):
 
     first = create(tmp_path / "killed")
     log(first, 0, 7)
-    first._metrics.write('{"step": 8, "ph')  # Torn by the kill.
     first.close()
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "ph')  # Torn by the kill.
     second = create(tmp_path / "killed", resume=True)
     second.truncate_to(5)
     log(second, 5, 10)

@@ -9,6 +9,7 @@ import pytest
 
 from acme_jax.checkpoint import CheckpointStore
 from acme_jax.config import Config
+from acme_jax.performance import RoundMeter
 from acme_jax.progress import Reporter, StopFlag
 from acme_jax.run_dir import RunDirectory
 from acme_jax.session import Session, StoppedError
@@ -107,6 +108,10 @@ def run(path, *, bomb=None, stop=None, stop_at=0, calls=None, bad=None, resume=T
     return {"state": np.concatenate([state["x"], state["log"]]), "facts": facts, "said": said}
 
 
+def performance(path):
+    return [json.loads(line) for line in (path / "performance.jsonl").read_text().splitlines()]
+
+
 def metrics(path):
     return (path / "metrics.jsonl").read_bytes()
 
@@ -137,6 +142,46 @@ def test_uninterrupted_run_writes_every_row_once(whole):
     assert units == [(name, i + 1) for name in ("first", "second", "third") for i in range(TOTAL)]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert rows[-1]["phase"] == "evaluation"
+
+
+def test_performance_has_a_row_for_every_call(whole, tmp_path):
+    done = [(row["phase"], row["done"]) for row in performance(whole[0])]
+    assert done == [
+        *(("first", n) for n in (1, 2, 3)),
+        *(("second", n) for n in (2, 3)),  # in strides of 2
+        *(("third", n) for n in (1, 2, 3)),
+    ]
+    for row in performance(whole[0]):
+        assert row["seconds"] >= row["compile_seconds"] >= 0.0
+        assert row["host_memory_bytes"] > 2**26
+    with pytest.raises(Killed):
+        run(tmp_path / "run", bomb=Bomb(4))  # the second unit is done and not saved
+    run(tmp_path / "run")
+    again = [(row["phase"], row["done"]) for row in performance(tmp_path / "run")]
+    assert again == [("first", 1), *done]  # done twice, since nothing had been saved
+    assert metrics(tmp_path / "run") == metrics(whole[0])
+
+
+def test_meter_is_made_only_for_work(tmp_path):
+    made = []
+
+    def meter():
+        made.append(1)
+        return RoundMeter(clients=6)
+
+    for resume in (False, True):
+        directory = RunDirectory.create_or_open(tmp_path, Config(), resume=resume)
+        session = Session(directory, Reporter("quiet"), StopFlag())
+        session.loop(
+            "only", total=2, every=1, initial=lambda: jnp.zeros(2),
+            advance=lambda state, index: (state + 1, []), meter=meter,
+        )  # fmt: skip
+        directory.close()
+    assert made == [1]
+    for row in performance(tmp_path):
+        assert row["clients_per_second"] == pytest.approx(
+            6 / (row["seconds"] - row["compile_seconds"])
+        )
 
 
 # Events: 2 for each of the 3 + 2 + 3 calls. Odd: before a unit; even: after it, unsaved.
