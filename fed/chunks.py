@@ -95,8 +95,7 @@ def plan_chunk(
     else:
         chunk = _largest(programs, limit, per_device, per_device + 1)
     needed = programs.size(chunk)
-    if needed is not None and needed > limit:
-        assert available is not None
+    if needed is not None and (needed > limit or math.isinf(needed)):
         raise ValueError(_refusal(programs, chunk, available, per_device))
     text = f"{_clients(chunk)} in a chunk, {-(-per_device // chunk)} chunk(s) on each device"
     if needed is None:
@@ -197,11 +196,15 @@ def _even(chunk: int, per_device: int) -> int:
     return -(-per_device // -(-per_device // chunk))
 
 
-def _refusal(programs: _Programs, chunk: int, available: int, per_device: int) -> str:
+def _refusal(programs: _Programs, chunk: int, available: int | None, per_device: int) -> str:
     """Why nothing or not this chunk fits, and what would."""
-    limit, alone = USABLE * available, programs.size(1)
-    have = f"{_bytes(limit)} may be used ({USABLE:.0%} of the {_bytes(available)} that are free)"
-    if alone is not None and alone > limit:
+    alone, limit, have = programs.size(1), math.inf, "the compiler found no room for it"
+    if available is not None:
+        limit = USABLE * available
+        have = (
+            f"{_bytes(limit)} may be used ({USABLE:.0%} of the {_bytes(available)} that are free)"
+        )
+    if alone is not None and (alone > limit or math.isinf(alone)):
         return (
             f"a round needs {_bytes(alone)} on each device even with one client at a time, but "
             f"{have}; take fewer clients or samples in a round, a smaller batch or model, or "

@@ -74,7 +74,8 @@ def run_clients(
         small programs use the caches better, and all clients on accelerators.
       mesh: clients are spread over all its devices, which may belong to several processes;
         None uses one device. If their number is a multiple of the devices', data that lie
-        over the mesh already (`fed.multihost.from_local`) stay where they are.
+        over the mesh already (`fed.multihost.from_local`) stay where they are, unless there are
+        buckets, which move them to where they are balanced.
 
       buckets: clients run the client functions of their bucket instead of `algorithm`'s. In
         chunks of 1 a client branches to its bucket's program, and clients are spread over
@@ -103,7 +104,10 @@ def run_clients(
     if buckets is None:
         return run(partial(_run_one, algorithm, schedule), clients)
     check_buckets(buckets, data.size.shape[0], bucket_of)
-    by_bucket = [partial(_run_one, own, schedule) for own in buckets.algorithms]
+    by_bucket = [
+        partial(_run_one, own._replace(server_message=algorithm.server_message), schedule)
+        for own in buckets.algorithms
+    ]
     if _chunk(chunk_size, mesh, data.size.shape[0]) == 1:
         return _run_branching(run, by_bucket, buckets, bucket_of, mesh, clients)
     if bucket_of is not None:

@@ -47,27 +47,28 @@ def run_clients_loop(
     round_key = jax.random.fold_in(key, round_index)
     results = []
     for row, (size, client_id) in enumerate(zip(data.size, client_ids, strict=True)):
+        client = algorithm
         message, state = (take_row(tree, row) for tree in (messages, client_states))
         if buckets is not None:
             own = buckets.bucket_of if bucket_of is None else bucket_of
-            algorithm = buckets.algorithms[int(own[row])]
+            client = buckets.algorithms[int(own[row])]
         if server_state is not None:
             message = algorithm.server_message(server_state, message)
         inputs, labels = data.inputs[row, : int(size)], data.labels[row, : int(size)]
         place = "client_init"
         try:
             init_key, batch_key = jax.random.split(jax.random.fold_in(round_key, client_id))
-            step_state = algorithm.client_init(message, state, init_key)
+            step_state = client.client_init(message, state, init_key)
             plan = plan_batches(batch_key, size)
             collected = []
             for step in range(int(plan.valid.sum())):
                 place = f"step {step}"
                 indices = plan.indices[step]
                 batch = Batch(inputs[indices], labels[indices], plan.weight[step])
-                step_state, metrics = algorithm.client_step(step_state, batch)
+                step_state, metrics = client.client_step(step_state, batch)
                 collected.append(metrics)
             place = "client_final"
-            state, update = algorithm.client_final(message, step_state)
+            state, update = client.client_final(message, step_state)
         except Exception as error:
             raise ClientError(f"client {int(client_id)} failed in {place}: {error}") from error
         metrics = None
@@ -79,7 +80,7 @@ def run_clients_loop(
     if like is None:
         first = plan.indices[0]
         batch = Batch(data.inputs[0, first], data.labels[0, first], plan.weight[0])
-        _, like = jax.eval_shape(algorithm.client_step, step_state, batch)
+        _, like = jax.eval_shape(client.client_step, step_state, batch)
     none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), like)
     results = [(state, update, none if m is None else m) for state, update, m in results]
     return jax.tree.map(lambda *x: jnp.stack(x), *results)

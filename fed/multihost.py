@@ -127,10 +127,11 @@ class Job:
 
     def _stop(self, lost: Lost, advice: Callable[[], str]) -> None:
         where = f"process {lost.process_id} of {self.num_processes} is gone ({lost.reason})"
-        with contextlib.suppress(OSError):
+        try:
             sys.stdout.flush()
             print(f"{where}; {advice()}", file=sys.stderr, flush=True)
-        os._exit(LOST)
+        finally:  # whatever `advice` does: this thread is all that still runs
+            os._exit(LOST)
 
 
 def initialize(

@@ -72,14 +72,19 @@ class Arguments:
     rounds: int = 3
     """Rounds with batches of their own; pass p does round 1 + p mod rounds."""
     contenders: tuple[str, ...] = CONTENDERS
+    chunk: int | None = None
+    """Clients in one vmap of ours; None: chosen by backend."""
+    num_devices: int | None = None
+    """JAX devices of ours; None: every accelerator, or one host device for each core."""
     out: Path | None = None
     """JSON file to write; None prints only."""
 
     def __post_init__(self) -> None:
-        for name, least in (("passes", self.passes), ("rounds", self.rounds), *(
-            ("clients", count) for count in self.clients
-        )):  # fmt: skip
-            if least < 1:
+        for name, least in (
+            ("passes", self.passes), ("rounds", self.rounds), ("chunk", self.chunk),
+            ("num-devices", self.num_devices), *(("clients", count) for count in self.clients),
+        ):  # fmt: skip
+            if least is not None and least < 1:
                 raise SystemExit(f"--{name} must be at least 1, got {least}")
         if unknown := set(self.contenders) - set(CONTENDERS):
             raise SystemExit(
@@ -171,10 +176,13 @@ def draw_batches(key: jax.Array, num_rounds: int, num_clients: int) -> np.ndarra
     return np.asarray(jax.jit(every_round)(jnp.arange(num_rounds), jnp.arange(num_clients)))
 
 
-def worker_command(form: str, directory: Path, num_clients: int) -> list[str]:
+def worker_command(arguments: Arguments, form: str, directory: Path, num_clients: int) -> list[str]:
     """How to start a contender."""
     script = SCRIPTS / f"bench_clients_{'torch' if form in TORCH else 'jax'}.py"
     options = ["--form", form, "--work", str(directory), "--clients", str(num_clients)]
+    if form not in TORCH:
+        for name, value in (("chunk", arguments.chunk), ("num-devices", arguments.num_devices)):
+            options += [] if value is None else [f"--{name}", str(value)]
     return [sys.executable, str(script), *options]
 
 
@@ -189,7 +197,7 @@ def measure(arguments: Arguments, num_clients: int) -> dict[str, Any]:
     if load > 0.5:
         print(
             f"the machine is busy (load {load:.1f}); contenders of several threads suffer most "
-            "from that, so the ratios will flatter the others. Measure on an idle machine",
+            "from that, so the ratios will flatter ours. Measure on an idle machine",
             file=sys.stderr,
         )
     work = make_work(num_clients, 1 + arguments.rounds)
@@ -198,10 +206,12 @@ def measure(arguments: Arguments, num_clients: int) -> dict[str, Any]:
         client_work.write(directory, work)
         workers = []
         for form in arguments.contenders:
-            command = worker_command(form, directory, num_clients)
+            command = worker_command(arguments, form, directory, num_clients)
             workers.append(Worker(form, command, directory / f"{form}.log"))
             stack.callback(workers[-1].close)
-            print(f"{num_clients} clients: {form} ready after {workers[-1].start_s:.1f} s")
+            layout = workers[-1].ready["info"].get("layout", "")
+            ready = f"{num_clients} clients: {form} ready after {workers[-1].start_s:.1f} s"
+            print(f"{ready}{layout and ', '}{layout}")
         groups = [group for mixed in (False, True) if (group := of_workload(workers, mixed))]
         differences: dict[str, float] = {}
         for group in groups:

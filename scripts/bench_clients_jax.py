@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from client_work import Flat, Work
+from jax.sharding import Mesh
 
 from acme_jax import concrete, layout, subnet_clients
 from acme_jax.benchmark import matmul_peak
@@ -43,8 +44,10 @@ def clients_archs(work: Work, space: ArchSpace, form: str) -> Arch:
     return Arch(*(cast(Any, np.asarray(column, np.int32)) for column in columns))
 
 
-def program(work: Work, form: str, config: ViTConfig, space: ArchSpace) -> Any:
-    """The jitted round (server_state, data, key, round) -> (params, loss), and its start."""
+def program(
+    work: Work, form: str, config: ViTConfig, space: ArchSpace, mesh: Mesh, chunk: int | None
+) -> tuple[Any, Any, int]:
+    """The jitted round (server_state, data, key, round) -> (params, loss), its start, buckets."""
     settings = work.settings
     archs = clients_archs(work, space, form)
     optimizer = optax.sgd(settings.learning_rate, momentum=settings.momentum)
@@ -58,7 +61,8 @@ def program(work: Work, form: str, config: ViTConfig, space: ArchSpace) -> Any:
         client_ids=jnp.arange(settings.num_clients),
         batch_size=settings.batch_size,
         num_steps=settings.num_steps,
-        mesh=layout.make_mesh(),
+        mesh=mesh,
+        chunk_size=chunk,
         buckets=buckets,
     )
 
@@ -78,17 +82,19 @@ def main() -> None:
     parser.add_argument("--form", choices=FORMS, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--clients", type=int, required=True)
+    parser.add_argument("--chunk", type=int)
+    parser.add_argument("--num-devices", type=int)
     arguments = parser.parse_args()
-    layout.configure(ComputeConfig())
+    layout.configure(ComputeConfig(num_devices=arguments.num_devices))
     work = client_work.read(arguments.work, arguments.clients)
     settings = work.settings
     config = ViTConfig(**{**settings.vit, "image_shape": tuple(settings.vit["image_shape"])})
     space = ArchSpace.from_fractions(
         config.num_layers, config.num_heads, config.num_neurons, per_layer=False
     )
-    round_, state, num_buckets = program(work, arguments.form, config, space)
+    mesh = layout.make_mesh(arguments.num_devices)
+    round_, state, num_buckets = program(work, arguments.form, config, space, mesh, arguments.chunk)
     sizes = jnp.full(settings.num_clients, settings.num_samples, jnp.int32)
-    mesh = layout.make_mesh()
     data = ClientData(jnp.asarray(work.images), jnp.asarray(work.labels), sizes)
     data, state = layout.replicate((data, state), mesh)
     del work
@@ -98,10 +104,13 @@ def main() -> None:
         params, loss = jax.block_until_ready(round_(state, data, key, np.int32(index)))
         return client_work.flatten(params), float(loss)
 
+    platform = mesh.devices.flat[0].platform
+    chunk = arguments.chunk or (1 if platform == "cpu" else -(-settings.num_clients // mesh.size))
     info = {
+        "layout": f"{mesh.size} {platform} device(s), chunks of {chunk}, {num_buckets} bucket(s)",
         "jax_devices": mesh.size,
-        "platform": mesh.devices.flat[0].platform,
-        "chunk": 1 if mesh.devices.flat[0].platform == "cpu" else settings.num_clients,
+        "platform": platform,
+        "chunk": chunk,
         "buckets": num_buckets,
         "matmul_peak_flops": matmul_peak(mesh),
         "full_forward_flops": float(concrete.num_flops(config.dims, full(space))),

@@ -35,8 +35,10 @@ def measured(report: Report) -> str:
     environment = report.get("environment", report)
     versions = environment.get("versions", environment)
     hardware = environment["hardware"]
+    name, changed, _ = environment["commit"].partition("-dirty")
     return (
-        f"\n`{report['command']}`, {report['date']}, commit {environment['commit'][:9]}, "
+        f"\n`{report['command']}`, {report['date']}, "
+        f"{'changed after ' if changed else ''}commit {name[:9]}, "
         f"{hardware['cpu_cores']} cores of {hardware['cpu']}, JAX {versions['packages']['jax']}."
     )
 

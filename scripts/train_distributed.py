@@ -279,7 +279,8 @@ def main() -> int:
                 connect_timeout_s=arguments.connect_timeout_s, watch_port=arguments.watch_port,
             )  # fmt: skip
         mesh = multihost.client_mesh()
-        with job.watch(lambda: checkpoints.advice()):
+        checkpoints: JobCheckpoints | None = None  # the others may be gone before there are any
+        with job.watch(lambda: checkpoints.advice() if checkpoints else "start again"):
             checkpoints = JobCheckpoints(
                 arguments.checkpoint_dir, mesh, dataclasses.asdict(arguments.job),
                 arguments.job.clients, resume=arguments.resume,
