@@ -25,6 +25,7 @@ from jax.stages import Compiled
 USABLE = 0.9
 """Part of the free memory that is planned for; the rest is for fragments and other arrays."""
 
+_UNLIMITED = 1e300  # finite: what the compiler could not place (infinite) never fits
 _ATTEMPTS = 6
 _WORTHWHILE = 1.25  # a chunk that is larger by less than this is not worth another compilation
 
@@ -85,7 +86,7 @@ def plan_chunk(
     per_device = -(-num_clients // (1 if mesh is None else mesh.size))
     available = free_bytes(mesh) if memory_bytes is None else memory_bytes
     programs = _Programs(compile_for, arguments_on_device)
-    limit = math.inf if available is None else USABLE * available
+    limit = _UNLIMITED if available is None else USABLE * available
     if requested is not None:
         chunk = min(requested, per_device)
     elif platform == "cpu":
@@ -95,7 +96,7 @@ def plan_chunk(
     else:
         chunk = _largest(programs, limit, per_device, per_device + 1)
     needed = programs.size(chunk)
-    if needed is not None and (needed > limit or math.isinf(needed)):
+    if needed is not None and needed > limit:
         raise ValueError(_refusal(programs, chunk, available, per_device))
     text = f"{_clients(chunk)} in a chunk, {-(-per_device // chunk)} chunk(s) on each device"
     if needed is None:
@@ -198,13 +199,13 @@ def _even(chunk: int, per_device: int) -> int:
 
 def _refusal(programs: _Programs, chunk: int, available: int | None, per_device: int) -> str:
     """Why nothing or not this chunk fits, and what would."""
-    alone, limit, have = programs.size(1), math.inf, "the compiler found no room for it"
+    alone, limit, have = programs.size(1), _UNLIMITED, "the compiler found no room for that"
     if available is not None:
         limit = USABLE * available
         have = (
             f"{_bytes(limit)} may be used ({USABLE:.0%} of the {_bytes(available)} that are free)"
         )
-    if alone is not None and (alone > limit or math.isinf(alone)):
+    if alone is not None and alone > limit:
         return (
             f"a round needs {_bytes(alone)} on each device even with one client at a time, but "
             f"{have}; take fewer clients or samples in a round, a smaller batch or model, or "

@@ -72,7 +72,8 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         )
     return {
         "command": "python scripts/bench_scale.py --sizes "
-        + " ".join(str(size) for size in arguments.sizes),
+        + " ".join(str(size) for size in arguments.sizes)
+        + f" --seed {arguments.seed}",
         "date": datetime.date.today().isoformat(),
         "environment": environment,
         "repeats": arguments.repeats,

@@ -62,7 +62,7 @@ def test_sliced_equals_masked(max_buckets, chunk_size):
     sliced, losses = run(max_buckets, chunk_size)
     masked, expected = run("masked")
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    tiny.assert_trees_close(sliced, masked, rtol=1e-4, atol=1e-5)
+    tiny.assert_trees_close(sliced, masked, rtol=0, atol=1e-5)
 
 
 def test_average_is_over_the_clients_that_hold_a_weight():

@@ -36,11 +36,6 @@ CASES = {
         plain_attention,
         (draw(3, 7, 3, 2, 5, scale=2.0),),
     ),
-    "attention of jax.nn": (
-        lambda qkv: jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]),
-        plain_attention,
-        (draw(3, 7, 3, 2, 5, scale=2.0),),
-    ),
 }
 
 
@@ -76,6 +71,21 @@ def test_gelu_and_its_derivative_in_float64():
     value, derivative = jax.vmap(jax.value_and_grad(vit_ops.gelu))(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(value, x * special.ndtr(x), atol=1e-6)
     np.testing.assert_allclose(derivative, special.ndtr(x) + x * stats.norm.pdf(x), atol=1e-6)
+
+
+def test_gelu_keeps_the_left_tail_in_bfloat16():
+    x = jnp.asarray([-4.0, -3.0, -2.0, -1.0, 0.5, 3.0], jnp.bfloat16)
+    value, derivative = jax.jit(jax.vmap(jax.value_and_grad(vit_ops.gelu)))(x)
+    exact = np.asarray(x, np.float64)
+    expected = special.ndtr(exact) + exact * stats.norm.pdf(exact)
+    np.testing.assert_allclose(value.astype(jnp.float32), exact * special.ndtr(exact), rtol=0.01)
+    np.testing.assert_allclose(derivative.astype(jnp.float32), expected, rtol=0.01)
+
+
+@pytest.mark.parametrize("name", ["project_down", "attend"])
+def test_the_form_for_accelerators_is_the_same_function(name, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    test_values_and_gradients_equal_the_plain_form(name)
 
 
 def test_normalise_has_no_trouble_with_a_large_mean():

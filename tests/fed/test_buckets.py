@@ -87,6 +87,50 @@ def test_bucketed_equals_the_plain_loop():
     assert_close(run(buckets=BUCKETS), (server, metrics.client))
 
 
+@pytest.mark.parametrize("backend", ["map", "loop"])
+def test_messages_are_those_of_the_servers_algorithm(backend):
+    """A bucket brings its client functions only."""
+    halved = SERVER._replace(server_message=lambda params, row: params * 0.5)
+    results = [
+        simulate.run_round(
+            algorithm, PARAMS * scale, (), DATA, KEY, 1, buckets=BUCKETS, backend=backend, **OPTIONS
+        )[0]
+        for algorithm, scale in ((halved, 1.0), (SERVER, 0.5))
+    ]
+    assert_close(*results)
+
+
+def test_client_states_come_back_in_order_over_a_mesh():
+    """Costs differ, so the clients were moved about."""
+
+    def keeping(width):
+        algorithm = sliced(width)
+
+        def client_final(message, state):
+            return {"width": jnp.float32(width), "old": state[1]}, algorithm.client_final(
+                message, state[0]
+            )[1]
+
+        return algorithm._replace(
+            client_init=lambda message, state, key: (
+                algorithm.client_init(message, (), key),
+                state["old"],
+            ),
+            client_step=lambda state, batch: (
+                (algorithm.client_step(state[0], batch)[0], state[1]),
+                {},
+            ),
+            client_final=client_final,
+        )
+
+    own = buckets.make_buckets(WIDTHS, keeping, cost=WIDTHS)
+    states = {"width": jnp.zeros(NUM_CLIENTS), "old": jnp.arange(NUM_CLIENTS) * 1.0}
+    call = functools.partial(simulate.run_round, SERVER, mesh=mesh(), buckets=own, **OPTIONS)
+    _, states, _ = jax.jit(call)(PARAMS, states, DATA, KEY, 0)
+    np.testing.assert_array_equal(states["width"], WIDTHS)
+    np.testing.assert_array_equal(states["old"], np.arange(NUM_CLIENTS))
+
+
 def test_sampled_clients_run_their_own_bucket():
     options = {"participation": Participation(num_sampled=4)}
     call = functools.partial(simulate.run_round, SERVER, **OPTIONS, **options, buckets=BUCKETS)

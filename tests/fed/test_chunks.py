@@ -120,6 +120,14 @@ class Fakes:
         return plan_chunk(self, num_clients, **({"platform": "gpu"} | options))
 
 
+def test_a_chunk_without_room_is_refused_also_where_free_memory_is_unknown(monkeypatch):
+    monkeypatch.setattr(chunks, "free_bytes", lambda mesh=None: None)
+    with pytest.raises(ValueError, match="a chunk of 2 would fit"):
+        Fakes(lambda chunk: "oom" if chunk > 2 else 10).plan(8, requested=4)
+    with pytest.raises(ValueError, match="even with one client at a time"):
+        Fakes(lambda chunk: "oom").plan(8, requested=4)
+
+
 def test_linear_memory_needs_three_compilations():
     fakes = Fakes(lambda chunk: 100 + 10 * chunk)
     plan = fakes.plan(1000, memory_bytes=1000)  # (900 - 100) / 10 = 80; 13 passes of 77
