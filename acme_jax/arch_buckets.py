@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from acme_jax import supernet
+from acme_jax import slicing, supernet
 from acme_jax.slicing import kept_blocks
 from acme_jax.vit import Block, Params, ViTConfig
 from nas.arch import Arch, keep_mask
@@ -121,11 +121,7 @@ def _work(shape: Shape, arch: Arch, dims: ModelDims) -> float:
 
 def slice_blocks(params: Params, shape: Shape) -> Params:
     """Parameters at a bucket's shape; `blocks` becomes a list of dense blocks."""
-    blocks = []
-    for layer, heads, neurons in zip(shape.layers, shape.heads, shape.neurons, strict=True):
-        block = jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"])
-        blocks.append(supernet.prefix_block(block, heads, neurons))
-    return {**params, "blocks": blocks}
+    return slicing.slice_blocks(params, shape.layers, shape.heads, shape.neurons)
 
 
 def _run_block(block: Block, weights: Params, masks: tuple[Array, ...], x: Array) -> Array:

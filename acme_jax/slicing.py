@@ -7,6 +7,8 @@ equals the masked supernet to 1e-5 (tested), and its size is what a device store
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,10 +53,30 @@ def slice_params(params: Params, arch: Arch) -> Params:
             f"the genome keeps up to {heads.max()} heads and {neurons.max()} neurons, but the "
             f"network has {kernel_shape[1]} and {num_neurons}"
         )
+    layers = kept_blocks(arch)
+    return slice_blocks(
+        params, layers, heads[list(layers)].tolist(), neurons[list(layers)].tolist()
+    )
+
+
+def slice_blocks(
+    params: Params, layers: Sequence[int], heads: Sequence[int], neurons: Sequence[int]
+) -> Params:
+    """Some blocks at given widths, all static; the parameters may be traced.
+
+    Args:
+      params: of the supernet, `blocks` stacked along [L].
+      layers: which blocks, in order.
+      heads: kept in each of those, a prefix.
+      neurons: likewise.
+
+    Returns:
+      The same tree, except that `blocks` is a list of dense dictionaries.
+    """
     blocks = []
-    for layer in kept_blocks(arch):
+    for layer, num_heads, num_neurons in zip(layers, heads, neurons, strict=True):
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
-        blocks.append(supernet.prefix_block(block, int(heads[layer]), int(neurons[layer])))
+        blocks.append(supernet.prefix_block(block, num_heads, num_neurons))
     return {**params, "blocks": blocks}
 
 

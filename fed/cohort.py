@@ -76,7 +76,6 @@ def run_clients(
         None uses one device. If their number is a multiple of the devices', data that lie
         over the mesh already (`fed.multihost.from_local`) stay where they are, unless there are
         buckets, which move them to where they are balanced.
-
       buckets: clients run the client functions of their bucket instead of `algorithm`'s. In
         chunks of 1 a client branches to its bucket's program, and clients are spread over
         the mesh by their cost; otherwise the buckets follow one another, each in chunks.

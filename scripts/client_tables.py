@@ -87,7 +87,9 @@ def _markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
 def clients(report: Report) -> list[str]:
     """Speed, memory and start-up of all contenders."""
     rows = [row for section in report["sections"] for row in contender_rows(section)]
-    return [*_markdown([*HEADS], rows), measured(report)]
+    loads = [f"{part['load_before']:.1f}" for part in report["sections"] if "load_before" in part]
+    load = f" Load average before: {', '.join(loads)} (0 is an idle machine)." if loads else ""
+    return [*_markdown([*HEADS], rows), measured(report) + load]
 
 
 def client_targets(report: Report) -> list[str]:
