@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from acme_jax import slicing, supernet
+from acme_jax import encoders, slicing
+from acme_jax.blocks import Block, Params
+from acme_jax.encoders import EncoderConfig
 from acme_jax.slicing import kept_blocks
-from acme_jax.vit import Block, Params, ViTConfig
 from nas.arch import Arch, keep_mask
 from nas.cost import ModelDims
 
@@ -124,8 +125,10 @@ def slice_blocks(params: Params, shape: Shape) -> Params:
     return slicing.slice_blocks(params, shape.layers, shape.heads, shape.neurons)
 
 
-def _run_block(block: Block, weights: Params, masks: tuple[Array, ...], x: Array) -> Array:
-    return jnp.asarray(block.apply({"params": weights}, x, *masks))
+def _run_block(
+    block: Block, weights: Params, masks: tuple[Array | None, ...], keys: Array | None, x: Array
+) -> Array:
+    return jnp.asarray(block.apply({"params": weights}, x, *masks, key_mask=keys))
 
 
 def put_back(params: Params, sliced: Params, shape: Shape) -> Params:
@@ -141,7 +144,7 @@ def put_back(params: Params, sliced: Params, shape: Shape) -> Params:
 
 
 def apply_sliced(
-    sliced: Params, images: Array, config: ViTConfig, shape: Shape, arch: Arch
+    sliced: Params, inputs: Array, config: EncoderConfig, shape: Shape, arch: Arch
 ) -> Array:
     """Logits [B, classes] of one member of a bucket.
 
@@ -149,22 +152,23 @@ def apply_sliced(
 
     Args:
       sliced: from `slice_blocks`.
-      images: [B, height, width, channels].
+      inputs: images [B, height, width, channels] or token ids [B, T].
       config: of the full network.
       shape: of the bucket.
       arch: of the member; may be traced.
     """
-    x = supernet.embed(sliced, images, config)
+    sliced, keys = encoders.cast(sliced, config), encoders.key_mask(inputs, config)
+    x = encoders.embed(sliced, inputs, config)
     keep = keep_mask(config.num_layers, arch.depth) > 0
     for place, weights in enumerate(sliced["blocks"]):
         layer, heads, neurons = (part[place] for part in shape[:3])
-        block = Block(heads, config.dims.head_size, neurons)
+        block = encoders.make_block(config, heads, neurons)
         masks: tuple[Array, ...] = ()
         if not shape.one_width[place]:
             masks = (
                 (jnp.arange(heads) < arch.heads[layer]).astype(x.dtype),
                 (jnp.arange(neurons) < arch.neurons[layer]).astype(x.dtype),
             )
-        run = partial(_run_block, block, weights, masks)
+        run = partial(_run_block, block, weights, masks, keys)
         x = run(x) if shape.kept_by_all[place] else lax.cond(keep[layer], run, lambda x: x, x)
-    return supernet.classify(sliced, x)
+    return encoders.classify(sliced, x, inputs, config)

@@ -12,10 +12,10 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from acme_jax import concrete
+from acme_jax.encoders import EncoderConfig
 from acme_jax.layout import AXIS
 from acme_jax.progress import PhaseTime
 from acme_jax.training import steps_per_epoch
-from acme_jax.vit import ViTConfig
 from nas.arch import Arch, ArchSpace, full
 
 if TYPE_CHECKING:
@@ -59,12 +59,12 @@ def training_rates(context: Context, phases: Sequence[PhaseTime]) -> dict[str, f
     config = context.config
     full_epochs = context.session.complete_phases
     work = {
-        "reference model": reference_flops(context.vit, context.space),
+        "reference model": reference_flops(context.encoder, context.space),
         "width distillation": distillation_flops(
-            context.vit, context.space, config.distill.depths_per_step, elastic_depth=False
+            context.encoder, context.space, config.distill.depths_per_step, elastic_depth=False
         ),
         "depth distillation": distillation_flops(
-            context.vit, context.space, config.distill.depths_per_step, elastic_depth=True
+            context.encoder, context.space, config.distill.depths_per_step, elastic_depth=True
         ),
     }
     settings = {
@@ -82,29 +82,33 @@ def training_rates(context: Context, phases: Sequence[PhaseTime]) -> dict[str, f
     return rates
 
 
-def reference_flops(vit: ViTConfig, space: ArchSpace) -> float:
+def reference_flops(encoder: EncoderConfig, space: ArchSpace) -> float:
     """FLOPs per image and step of the full network: forward and both gradients."""
-    return 3.0 * float(concrete.num_flops(vit.dims, full(space)))
+    return 3.0 * float(concrete.num_flops(encoder.dims, full(space)))
 
 
 def distillation_flops(
-    vit: ViTConfig, space: ArchSpace, depths_per_step: int, *, elastic_depth: bool
+    encoder: EncoderConfig, space: ArchSpace, depths_per_step: int, *, elastic_depth: bool
 ) -> float:
     """Dense FLOPs per image and step of a distillation phase, students and teachers.
 
     With fewer depths a step than there are, the expectation over the draw.
     """
     depths = space.depth_choices if elastic_depth else (space.num_layers,)
-    total = 0.0 if elastic_depth else forward_flops(vit, space, space.num_layers, *space.widths[-1])
+    total = (
+        0.0 if elastic_depth else forward_flops(encoder, space, space.num_layers, *space.widths[-1])
+    )
     for heads, neurons in space.widths:
-        students = [forward_flops(vit, space, depth, heads, neurons) for depth in depths]
+        students = [forward_flops(encoder, space, depth, heads, neurons) for depth in depths]
         total += 3.0 * sum(students) * depths_per_step / len(depths)
         if elastic_depth:
-            total += forward_flops(vit, space, space.num_layers, heads, neurons)
+            total += forward_flops(encoder, space, space.num_layers, heads, neurons)
     return total
 
 
-def forward_flops(vit: ViTConfig, space: ArchSpace, depth: int, heads: int, neurons: int) -> float:
+def forward_flops(
+    encoder: EncoderConfig, space: ArchSpace, depth: int, heads: int, neurons: int
+) -> float:
     """Forward FLOPs of one image through a uniform sub-network."""
     layers = space.num_layers
     arch = Arch(
@@ -112,4 +116,4 @@ def forward_flops(vit: ViTConfig, space: ArchSpace, depth: int, heads: int, neur
         jnp.full(layers, heads, jnp.int32),
         jnp.full(layers, neurons, jnp.int32),
     )
-    return float(concrete.num_flops(vit.dims, arch))
+    return float(concrete.num_flops(encoder.dims, arch))

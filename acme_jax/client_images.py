@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 import numpy as np
 
 from acme_jax.config import DataConfig
-from acme_jax.datasets import FASHION_DIRECTORIES, load
+from acme_jax.datasets import FASHION_DIRECTORIES, load_images
 from acme_jax.idx import DataError, read_idx
 from fed.clients import ClientData
 
@@ -53,8 +53,8 @@ def open_pool(name: Name, path: str | None = None) -> Pool:
       DataError: files are missing or damaged.
     """
     if name == "mnist5k":
-        data = load(DataConfig(name="mnist5k", path=path))
-        return Pool(data.labels, data.images)
+        data = load_images(DataConfig(name="mnist5k", path=path))
+        return Pool(data.labels, data.inputs)
     candidates = FASHION_DIRECTORIES if path is None else (path,)
     for directory in map(Path, candidates):
         for ending in ("", ".gz"):

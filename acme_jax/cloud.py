@@ -17,9 +17,10 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from acme_jax import supernet
+from acme_jax.blocks import Params
 from acme_jax.config import ConfigError, SearchConfig
+from acme_jax.encoders import EncoderConfig
 from acme_jax.layout import map_parts
-from acme_jax.vit import Params, ViTConfig
 from nas import cost, nsga2, pareto
 from nas.arch import Arch, ArchMask, ArchSpace, to_mask
 from nas.cost import CostModel, ModelDims
@@ -40,7 +41,7 @@ class Choice(NamedTuple):
 
 
 def measure_importance(
-    params: Params, images: Array, labels: Array, config: ViTConfig, batch_size: int = 8
+    params: Params, inputs: Array, labels: Array, config: EncoderConfig, batch_size: int = 8
 ) -> ImportanceOrder:
     """First-order Taylor importance of heads and neurons, and their order (DynaBERT, ACME).
 
@@ -50,19 +51,19 @@ def measure_importance(
 
     Args:
       params: of the reference network.
-      images: [N, height, width, channels] of the select split; a remainder below one batch
-        is left out.
+      inputs: images [N, height, width, channels] or token ids [N, T] of the select split; a
+        remainder below one batch is left out.
       labels: [N].
       config: static sizes.
-      batch_size: images per gradient.
+      batch_size: samples per gradient.
 
     Raises:
       ConfigError: fewer images than one batch, which would score nothing.
     """
-    if images.shape[0] < batch_size:
+    if inputs.shape[0] < batch_size:
         raise ConfigError(
             f"importance needs at least one batch of {batch_size} images, but the select split "
-            f"has {images.shape[0]} images; raise data.public_select"
+            f"has {inputs.shape[0]} images; raise data.public_select"
         )
     dims = config.dims
     ones = ArchMask(
@@ -71,8 +72,8 @@ def measure_importance(
         jnp.ones((dims.num_layers, dims.num_neurons)),
     )
 
-    def loss_fn(params: Params, head_mask: Array, images: Array, labels: Array) -> Array:
-        logits = supernet.apply(params, images, config, ones._replace(head=head_mask)).logits
+    def loss_fn(params: Params, head_mask: Array, inputs: Array, labels: Array) -> Array:
+        logits = supernet.apply(params, inputs, config, ones._replace(head=head_mask)).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def add(
@@ -87,9 +88,9 @@ def measure_importance(
         down = taylor_importance(mlp["down_kernel"], grad["down_kernel"], axis=-1)
         return (scores[0] + heads, scores[1] + up + down), None
 
-    count = images.shape[0] // batch_size
+    count = inputs.shape[0] // batch_size
     batches = (
-        images[: count * batch_size].reshape(count, batch_size, *images.shape[1:]),
+        inputs[: count * batch_size].reshape(count, batch_size, *inputs.shape[1:]),
         labels[: count * batch_size].reshape(count, batch_size),
     )
     zeros = (jnp.zeros_like(ones.head), jnp.zeros_like(ones.neuron))
@@ -98,10 +99,10 @@ def measure_importance(
 
 
 def reorder_by_importance(
-    params: Params, images: Array, labels: Array, config: ViTConfig
+    params: Params, inputs: Array, labels: Array, config: EncoderConfig
 ) -> Params:
     """The network with heads and neurons in the order that `measure_importance` finds."""
-    return reorder(params, measure_importance(params, images, labels, config))
+    return reorder(params, measure_importance(params, inputs, labels, config))
 
 
 def reorder(params: Params, order: ImportanceOrder) -> Params:
@@ -134,43 +135,66 @@ def reorder(params: Params, order: ImportanceOrder) -> Params:
 
 def accuracy(
     params: Params,
-    images: Array,
+    inputs: Array,
     labels: Array,
-    config: ViTConfig,
+    config: EncoderConfig,
     space: ArchSpace,
     archs: Arch,
     mesh: Mesh,
+    batch_size: int | None = None,
 ) -> Array:
     """Accuracy [P] of a population of sub-networks, divided over the mesh.
 
-    On CPU every individual runs dense (`supernet.apply_arch`) in a loop; on accelerators the
-    population is vmapped with masks, which wastes FLOPs but fills the machine.
+    On CPU every individual runs dense (`supernet.apply_arch`) in a loop, and so it does
+    wherever the samples do not all fit at once, because their batches fill the machine then; else
+    on accelerators the population is vmapped with masks, which wastes FLOPs but fills it.
 
     Args:
       params: of the supernet.
-      images: [N, height, width, channels].
+      inputs: images [N, height, width, channels] or token ids [N, T].
       labels: [N].
       config: static sizes.
       space: the choices.
       archs: genomes with leading [P].
       mesh: the devices among which the dense loop divides the population.
+      batch_size: samples in one forward pass; None: all.
     """
-    if not _runs_dense(mesh):
+    if batch_size is None and not _runs_dense(mesh):
 
         def masked(arch: Arch) -> Array:
-            logits = supernet.apply(params, images, config, to_mask(space, arch)).logits
+            logits = supernet.apply(params, inputs, config, to_mask(space, arch)).logits
             return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
         return jax.vmap(masked)(archs)
 
-    def dense(index: Array, params: Params, images: Array, labels: Array, archs: Arch) -> Array:
+    def dense(index: Array, params: Params, inputs: Array, labels: Array, archs: Arch) -> Array:
         arch = jax.tree.map(lambda leaf: leaf[index], archs)
-        logits = supernet.apply_arch(params, images, config, space, arch).logits
-        return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+
+        def correct(inputs: Array, labels: Array) -> Array:
+            logits = supernet.apply_arch(params, inputs, config, space, arch).logits
+            return jnp.argmax(logits, axis=-1) == labels
+
+        return jnp.mean(in_batches(correct, batch_size, inputs, labels))
 
     count = archs.depth.shape[0]
-    result: Array = map_parts(dense, count, mesh, params, images, labels, archs)
+    result: Array = map_parts(dense, count, mesh, params, inputs, labels, archs)
     return result
+
+
+def in_batches(fn: Callable[..., Array], batch_size: int | None, *rows: Array) -> Array:
+    """`fn(*rows)` [N, ...] computed for `batch_size` rows at a time; None: for all at once."""
+    count = rows[0].shape[0]
+    if batch_size is None or batch_size >= count:
+        return fn(*rows)
+    padding = -count % batch_size
+    parts = tuple(
+        jnp.pad(leaf, ((0, padding), *[(0, 0)] * (leaf.ndim - 1))).reshape(
+            -1, batch_size, *leaf.shape[1:]
+        )
+        for leaf in rows
+    )
+    found: Array = lax.map(lambda part: fn(*part), parts)
+    return found.reshape(-1, *found.shape[2:])[:count]
 
 
 def _runs_dense(mesh: Mesh) -> bool:
@@ -194,21 +218,22 @@ def costs(dims: ModelDims, archs: Arch, profile: CostModel) -> Array:
 
 def make_evaluate(
     params: Params,
-    images: Array,
+    inputs: Array,
     labels: Array,
-    config: ViTConfig,
+    config: EncoderConfig,
     space: ArchSpace,
     mesh: Mesh,
     *,
     dims: ModelDims,
     profile: CostModel,
     size_limit: float,
+    batch_size: int | None = None,
 ) -> Callable[[Arch], tuple[Array, Array]]:
     """The fitness of the search: objectives [P, 4] and how far each is above the size limit.
 
     Args:
       params: of the supernet.
-      images: of the select split [N, height, width, channels].
+      inputs: of the select split, images [N, height, width, channels] or token ids [N, T].
       labels: [N].
       config: static sizes.
       space: the choices.
@@ -216,10 +241,11 @@ def make_evaluate(
       dims: what counts as size, e.g. without the classifier.
       profile: the device whose latency and energy count, assumed or measured.
       size_limit: bytes; a larger sub-network violates the constraint by the excess fraction.
+      batch_size: see `accuracy`.
     """
 
     def evaluate(archs: Arch) -> tuple[Array, Array]:
-        error = 1.0 - accuracy(params, images, labels, config, space, archs, mesh)
+        error = 1.0 - accuracy(params, inputs, labels, config, space, archs, mesh, batch_size)
         rest = costs(dims, archs, profile)
         violation = jnp.maximum(rest[:, 0] / size_limit - 1.0, 0.0)
         return jnp.concatenate([error[:, None], rest], axis=1), violation

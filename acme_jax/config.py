@@ -15,7 +15,20 @@ from typing import Any, Literal, get_args, get_type_hints
 Distribution = Literal["iid", "c2", "c3", "c4", "dirichlet"]
 SelectionRule = Literal["paper", "trade_off", "nearest_ideal", "lowest_error"]
 Similarity = Literal["flat", "per_dimension", "sliced"]
-DatasetName = Literal["mnist5k", "digits", "fashion_mnist"]
+DType = Literal["float32", "bfloat16"]
+DatasetName = Literal[
+    "mnist5k",
+    "digits",
+    "fashion_mnist",
+    "cifar10",
+    "cifar100",
+    "stanford_cars",
+    "image_folder",
+    "arrays",
+    "text",
+    "huggingface",
+]
+OnCorrupt = Literal["refuse", "skip"]
 
 
 class ConfigError(ValueError):
@@ -43,27 +56,75 @@ def _check_choice(owner: object, name: str, alias: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which images, and how they are divided. All parts are disjoint."""
+    """Which images or texts, and how they are divided. All parts are disjoint."""
 
     name: DatasetName = "mnist5k"
     path: str | None = None
-    """Directory of the idx files (`fashion_mnist` only); found by itself when None."""
+    """Where the data lie: a directory of idx files (`fashion_mnist`; found by itself when
+    None), a CIFAR archive or directory, the directory of Stanford Cars, of an image folder
+    (one directory a class, or train/ and test/ of such), an .npz file or a directory of .npy
+    or idx files (`arrays`), a .csv, .tsv or .jsonl file or a directory of them (`text`), a
+    directory of `save_to_disk` or the id of a dataset on the hub (`huggingface`)."""
+    image_size: int | None = None
+    """Height and width, in pixels, of pictures decoded from files (`stanford_cars`,
+    `image_folder`, `huggingface`): the central square is resized to it; None: 224."""
+    on_corrupt: OnCorrupt = "refuse"
+    """A picture that cannot be decoded: stop and name it, or leave it out with a warning."""
+    cache: str | None = None
+    """Directory for decoded pictures, kept for later runs; None: acme_jax below
+    $XDG_CACHE_HOME or ~/.cache. Delete it at any time."""
+    input_column: str | None = None
+    """Column of the texts (`text`) or of the texts or pictures (`huggingface`); None: `text`,
+    or for `huggingface` the only column of that kind."""
+    label_column: str | None = None
+    """Column of the labels (`text`, `huggingface`); None: `label`."""
     public_train: int = 2000
-    """Images the cloud and the edges train on."""
+    """Samples the cloud and the edges train on."""
     public_select: int = 400
-    """Images for every choice: importance, search, header. Never trained on."""
+    """Samples for every choice: importance, search, header. Never trained on."""
     public_test: int = 500
-    """Images only the final evaluation reads."""
+    """Samples only the final evaluation reads."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "name", DatasetName)
+        _check_choice(self, "on_corrupt", OnCorrupt)
         _check_positive(self, "public_train", "public_select", "public_test")
+        _check(
+            self.image_size is None or self.image_size > 0,
+            f"DataConfig.image_size must be positive, got {self.image_size}",
+        )
+        for name in ("path", "cache", "input_column", "label_column"):
+            _check(
+                getattr(self, name) != "", f"DataConfig.{name} is empty; leave it out, or fill it"
+            )
+        users = {
+            "image_size": ("stanford_cars", "image_folder", "huggingface"),
+            "cache": ("stanford_cars", "image_folder", "huggingface"),
+            "input_column": ("text", "huggingface"),
+            "label_column": ("text", "huggingface"),
+        }
+        for name, datasets in users.items():
+            _check(
+                getattr(self, name) is None or self.name in datasets,
+                f"DataConfig.{name} is for {', '.join(datasets)}, but the dataset is "
+                f"{self.name}, which would not look at it; leave it out",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The full Vision Transformer (the largest sub-network of the supernet)."""
+    """The full Transformer (the largest sub-network of the supernet)."""
 
+    pretrained: str | None = None
+    """Directory or hub id of a Hugging Face ViT, DeiT or BERT to start from. Its sizes then
+    replace `patch_size` to `num_neurons` below; the reference phase fine-tunes it."""
+    image_size: int | None = None
+    """Side of the square images that the network sees; others are resized. None: the
+    pretrained model's, or the data's where there is none."""
+    max_tokens: int = 64
+    """Token ids of a text, [CLS] and [SEP] included; longer texts are cut."""
+    dtype: DType = "float32"
+    """Of activations and matrix products; weights and optimiser stay float32."""
     patch_size: int = 7
     embed_dim: int = 64
     num_layers: int = 6
@@ -72,7 +133,17 @@ class ModelConfig:
     """Hidden units of each MLP."""
 
     def __post_init__(self) -> None:
+        _check_choice(self, "dtype", DType)
         _check_positive(self, "patch_size", "embed_dim", "num_layers", "num_heads", "num_neurons")
+        _check(
+            self.image_size is None or self.image_size > 0,
+            f"ModelConfig.image_size must be positive, got {self.image_size}",
+        )
+        _check(
+            self.max_tokens >= 4,
+            f"ModelConfig.max_tokens must be at least 4 ([CLS], [SEP] and words), got "
+            f"{self.max_tokens}",
+        )
         _check(
             self.embed_dim % self.num_heads == 0,
             f"ModelConfig.embed_dim ({self.embed_dim}) must be a multiple of num_heads "
@@ -98,6 +169,11 @@ class TrainConfig:
     for the narrow sub-networks."""
     max_shift: int = 1
     """Augmentation: each image moves by up to this many pixels."""
+    flip: bool = False
+    """Augmentation: every other image is mirrored left to right."""
+    min_crop: float = 1.0
+    """Augmentation: a random part of each image, of at least this part of its area and of
+    aspect ratio 3:4 to 4:3, is enlarged to the whole; 1: none."""
     shards: int = 2
     """Parts of a batch whose gradients are added in a fixed order. At most this many
     devices share a batch; the result does not depend on how many do."""
@@ -107,6 +183,10 @@ class TrainConfig:
         _check(
             0.0 <= self.warmup_fraction < 1.0,
             f"TrainConfig.warmup_fraction must be in [0, 1), got {self.warmup_fraction}",
+        )
+        _check(
+            0.0 < self.min_crop <= 1.0,
+            f"TrainConfig.min_crop must be in (0, 1], got {self.min_crop}",
         )
 
 
@@ -133,7 +213,7 @@ class DistillConfig:
             self.depths_per_step >= 1,
             f"DistillConfig.depths_per_step must be positive, got {self.depths_per_step}",
         )
-        for name in ("batch_size", "shards", "max_shift", "clip_norm"):
+        for name in ("batch_size", "shards", "max_shift", "flip", "min_crop", "clip_norm"):
             width, depth = getattr(self.width, name), getattr(self.depth, name)
             _check(
                 width == depth,
@@ -301,6 +381,13 @@ class ComputeConfig:
     """Clients in one vmapped chunk; None chooses by backend (CPU: 1)."""
     checkpoint_every: int = 5
     """Epochs or rounds between checkpoints inside a phase."""
+    remat: bool | None = None
+    """Compute blocks again in the backward pass, for less memory; None: if it has to be."""
+    micro_batch: int | None = None
+    """Samples whose gradient is computed at once on one device; the gradients of a batch are
+    added up. None: as many as fit."""
+    eval_batch: int | None = None
+    """Samples in one forward pass when sub-networks are evaluated; None: as many as fit."""
     fast_compile: bool = False
     """Leave out XLA's expensive passes: for short runs, which mostly compile. Another number
     of devices then changes losses by 1e-5 instead of 1e-6, because programs round apart."""
@@ -310,7 +397,7 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "checkpoint_every")
-        for name in ("num_devices", "client_chunk"):
+        for name in ("num_devices", "client_chunk", "micro_batch", "eval_batch"):
             value = getattr(self, name)
             _check(
                 value is None or value > 0, f"ComputeConfig.{name} must be positive, got {value}"
@@ -353,9 +440,11 @@ class Config:
         """Identifies the experiment: equal for configurations with equal results.
 
         How the work is compiled and laid out is left out: it changes results only by rounding.
+        So is where decoded pictures are kept.
         """
         plain = self.to_dict()
         plain.pop("compute")
+        plain["data"].pop("cache")
         text = json.dumps(plain, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

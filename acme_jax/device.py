@@ -17,9 +17,9 @@ import optax
 from jax import Array, lax
 
 from acme_jax import header, header_slots
+from acme_jax.blocks import Params
 from acme_jax.config import RefineConfig
 from acme_jax.header_layout import HeaderDims
-from acme_jax.vit import Params
 from fed import similarity
 from fed.aggregate import personalized_mean
 from fed.algorithm import FedAlgorithm

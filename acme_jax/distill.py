@@ -17,9 +17,10 @@ import optax
 from jax import Array, lax
 
 from acme_jax import supernet
+from acme_jax.blocks import Params
 from acme_jax.config import TrainConfig
+from acme_jax.encoders import EncoderConfig
 from acme_jax.training import GradFn
-from acme_jax.vit import Params, ViTConfig
 from nas.arch import ArchSpace, keep_mask
 
 LABEL_SMOOTHING = 0.1
@@ -77,31 +78,34 @@ def hidden_state_loss(student: supernet.Outputs, teacher: supernet.Outputs, keep
       teacher: the same shapes.
       keep: bool [L].
     """
-    per_block = jnp.mean((student.inputs - teacher.inputs) ** 2, axis=(1, 2, 3))
-    final = jnp.mean((student.final - teacher.final) ** 2)
+    # Means in at least float32: millions of small squares add up.
+    wide = jnp.promote_types(student.final.dtype, jnp.float32)
+    squares = jnp.square(student.inputs - teacher.inputs).astype(wide)
+    per_block = jnp.mean(squares, axis=(1, 2, 3))
+    final = jnp.mean(jnp.square(student.final - teacher.final).astype(wide))
     return jnp.sum(jnp.where(keep, per_block, 0.0)) + final
 
 
-def reference_grad(config: ViTConfig) -> GradFn:
+def reference_grad(config: EncoderConfig) -> GradFn:
     """Cross-entropy of the full network; the phase's `lesson` is unused."""
 
-    def loss_fn(params: Params, images: Array, labels: Array) -> tuple[Array, Array]:
-        logits = supernet.apply(params, images, config).logits
+    def loss_fn(params: Params, inputs: Array, labels: Array) -> tuple[Array, Array]:
+        logits = supernet.apply(params, inputs, config).logits
         targets = optax.smooth_labels(jax.nn.one_hot(labels, config.num_classes), LABEL_SMOOTHING)
         loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
         return loss, jnp.mean(jnp.argmax(logits, -1) == labels)
 
     def grad_fn(
-        key: Array, params: Params, lesson: None, images: Array, labels: Array
+        key: Array, params: Params, lesson: None, inputs: Array, labels: Array
     ) -> tuple[dict[str, Array], Params]:
         del key, lesson
-        (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, images, labels)
+        (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, inputs, labels)
         return {"loss": loss, "accuracy": accuracy}, grads
 
     return grad_fn
 
 
-def distillation_grad(config: ViTConfig, space: ArchSpace, depths_per_step: int) -> GradFn:
+def distillation_grad(config: EncoderConfig, space: ArchSpace, depths_per_step: int) -> GradFn:
     """Summed distillation gradient over sub-networks of the uniform grid.
 
     Every step trains each width (head choice i with neuron choice i) at `depths_per_step` of
@@ -118,7 +122,7 @@ def distillation_grad(config: ViTConfig, space: ArchSpace, depths_per_step: int)
     full_depth = jnp.ones(space.num_layers, bool)
 
     def grad_fn(
-        key: Array, params: Params, lesson: Lesson, images: Array, labels: Array
+        key: Array, params: Params, lesson: Lesson, inputs: Array, labels: Array
     ) -> tuple[dict[str, Array], Params]:
         del labels
         num_depths = lesson.depths.shape[0]
@@ -130,7 +134,7 @@ def distillation_grad(config: ViTConfig, space: ArchSpace, depths_per_step: int)
 
             def teach(heads: int = heads, neurons: int = neurons) -> supernet.Outputs:
                 return supernet.apply_width(
-                    lesson.teacher, images, config, heads, neurons, full_depth
+                    lesson.teacher, inputs, config, heads, neurons, full_depth
                 )
 
             if widest is None:
@@ -145,7 +149,7 @@ def distillation_grad(config: ViTConfig, space: ArchSpace, depths_per_step: int)
                 heads: int = heads,
                 neurons: int = neurons,
             ) -> Array:
-                student = supernet.apply_width(params, images, config, heads, neurons, keep)
+                student = supernet.apply_width(params, inputs, config, heads, neurons, keep)
                 soft = soft_cross_entropy(student.logits, target.logits)
                 hidden = hidden_state_loss(student, target, keep)
                 return lesson.logit_loss * soft + lesson.hidden_loss * hidden

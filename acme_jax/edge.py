@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from acme_jax import header
+from acme_jax.blocks import Params
 from acme_jax.config import HeaderConfig
 from acme_jax.header import GateLayout, HeaderDims
 from acme_jax.header_training import (
@@ -30,7 +31,6 @@ from acme_jax.header_training import (
     policy_programs,
     restart,
 )
-from acme_jax.vit import Params
 from nas import cells
 from nas.cells import Cell, StaticCell
 

@@ -20,10 +20,11 @@ import optax
 from jax import Array
 
 from acme_jax import datasets, header, messages, slicing, supernet
+from acme_jax.blocks import Params
 from acme_jax.config import DataConfig
 from acme_jax.header_layout import HeaderDims
 from acme_jax.splits import make_splits
-from acme_jax.vit import Params, ViTConfig
+from acme_jax.vit import ViTConfig
 from fed import mapped
 from fed.algorithms.local import local
 from fed.clients import Batch, ClientData, replicate
@@ -99,17 +100,17 @@ def open_or_make(
 
 def _make(directory: Path, seed: int, path: str | None) -> None:
     config = dataclasses.replace(PUBLIC, path=path)
-    splits = make_splits(datasets.load(config), config, seed)
+    splits = make_splits(datasets.load_images(config), config, seed)
     init_key, fit_key, head_key, refit_key = jax.random.split(jax.random.key(seed), 4)
 
     def classify(params: Params, images: Array) -> Array:
         return supernet.apply(params, images, VIT).logits
 
     backbone = _fit(
-        fit_key, classify, supernet.init(init_key, VIT), splits.train.images, splits.train.labels
+        fit_key, classify, supernet.init(init_key, VIT), splits.train.inputs, splits.train.labels
     )
     tokens = _tokens(backbone)
-    public = tokens(splits.train.images)
+    public = tokens(splits.train.inputs)
     mean, scale = public.mean(axis=(0, 1)), 1.0 / (public.std(axis=(0, 1)) + 1e-6)
 
     def normalised(images: np.ndarray) -> np.ndarray:
@@ -119,13 +120,13 @@ def _make(directory: Path, seed: int, path: str | None) -> None:
         return header.apply(params, CELL, DIMS, inputs)
 
     start = header.init(head_key, CELL, DIMS)
-    inputs = normalised(splits.train.images).astype(np.float32)
+    inputs = normalised(splits.train.inputs).astype(np.float32)
     weights = _fit(refit_key, head, start, inputs, splits.train.labels)
-    select = normalised(splits.select.images).astype(np.float32)
+    select = normalised(splits.select.inputs).astype(np.float32)
     arch = jax.tree.map(np.asarray, full(ArchSpace.from_fractions(2, 2, 32)))
     sliced = slicing.slice_params(jax.tree.map(np.asarray, backbone), arch)
     facts = {
-        "backbone_accuracy": _accuracy(classify, backbone, splits.select.images, splits.select),
+        "backbone_accuracy": _accuracy(classify, backbone, splits.select.inputs, splits.select),
         "header_accuracy": _accuracy(head, weights, select, splits.select),
         "backbone_bytes": len(messages.encode(messages.BackboneMessage(arch, sliced))),
     }
@@ -137,7 +138,7 @@ def _make(directory: Path, seed: int, path: str | None) -> None:
     }
     meta = {"seed": seed, "num_train": round(rows.size * (1 - HELD_OUT)), "facts": facts}
     with mapped.building(directory / _POOL, template, meta) as tree:
-        tree["features"][:] = normalised(splits.device_pool.images[rows])
+        tree["features"][:] = normalised(splits.device_pool.inputs[rows])
         tree["labels"][:] = splits.device_pool.labels[rows]
         jax.tree.map(np.copyto, tree["header"], jax.tree.map(np.asarray, weights))
 

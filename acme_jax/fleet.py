@@ -102,7 +102,7 @@ def make_fleet(pool: DevicePool, config: Config, num_classes: int, full_bytes: i
             overhead_s=REFERENCE_PROFILE.overhead_s / speed,
         )
         train, test = split_device(
-            pool.images[indices], pool.labels[indices], fleet.test_fraction, config.seed, device
+            pool.inputs[indices], pool.labels[indices], fleet.test_fraction, config.seed, device
         )
         devices.append(Device(device, edge, int(budget), profile, train, test))
     return devices

@@ -23,10 +23,10 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from acme_jax import device, header_layout, messages
+from acme_jax.blocks import Params
 from acme_jax.config import ConfigError, RefineConfig
 from acme_jax.header_layout import HeaderDims
 from acme_jax.layout import AXIS
-from acme_jax.vit import Params
 from fed import similarity
 from fed.clients import ClientData, replicate
 from fed.simulate import run_rounds

@@ -30,6 +30,7 @@ import numpy as np
 from jax import lax
 
 from acme_jax import header_ops, header_slots
+from acme_jax.blocks import Params
 from acme_jax.header_layout import (
     KERNEL_SIZES,
     LARGEST_KERNEL,
@@ -44,7 +45,6 @@ from acme_jax.header_layout import (
     slot_genes,
     weighted_slots,
 )
-from acme_jax.vit import Params
 from nas import cells
 from nas.cells import Cell, StaticCell
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from acme_jax.blocks import Params
 from acme_jax.header_layout import HeaderDims
-from acme_jax.vit import Params
 from nas.cells import OPS
 
 NOISE = 0.5

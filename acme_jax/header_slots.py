@@ -23,6 +23,7 @@ import numpy as np
 from jax import Array, lax
 
 from acme_jax import header_ops
+from acme_jax.blocks import Params
 from acme_jax.header_layout import (
     KERNEL_SIZES,
     LARGEST_KERNEL,
@@ -31,7 +32,6 @@ from acme_jax.header_layout import (
     num_gates,
     weighted_slots,
 )
-from acme_jax.vit import Params
 from nas import cells
 from nas.cells import OPS, Cell, StaticCell
 

@@ -17,9 +17,9 @@ import optax
 from jax import lax
 
 from acme_jax import header
+from acme_jax.blocks import Params
 from acme_jax.config import HeaderConfig
 from acme_jax.header import HeaderDims
-from acme_jax.vit import Params
 from nas import controller
 from nas.cells import Cell, CellSpace
 

@@ -6,6 +6,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -72,3 +73,55 @@ def read_idx(path: str | Path, *, num_dims: int | None = None) -> np.ndarray:
         )
     array = np.frombuffer(raw, dtype, offset=start).reshape(shape)
     return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+class IdxParts(NamedTuple):
+    """The training part and, after it, the official test part of an MNIST-like directory."""
+
+    images: np.ndarray  # [N, height, width] uint8
+    labels: np.ndarray  # [N] int32
+    official_test: np.ndarray  # [N] bool
+
+
+def read_idx_directory(directory: Path, hint: str) -> IdxParts:
+    """Reads the four files of MNIST and its relatives, plain or .gz.
+
+    Args:
+      directory: holds {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz].
+      hint: how to get the files, for the message about a missing one.
+
+    Raises:
+      DataError: a file is missing or damaged, or two do not belong together.
+    """
+    images, labels = [], []
+    for part in ("train", "t10k"):
+        images.append(read_idx(_idx_file(directory, f"{part}-images-idx3-ubyte", hint), num_dims=3))
+        labels.append(read_idx(_idx_file(directory, f"{part}-labels-idx1-ubyte", hint), num_dims=1))
+        if len(images[-1]) != len(labels[-1]):
+            raise DataError(
+                f"{directory}: {len(images[-1])} {part} images but {len(labels[-1])} {part} "
+                "labels; the two files do not belong together"
+            )
+        if images[-1].dtype != np.uint8 or labels[-1].dtype.kind not in "iu":
+            raise DataError(
+                f"{directory}: {part} images are {images[-1].dtype} and labels "
+                f"{labels[-1].dtype}; expected bytes"
+            )
+    if images[0].shape[1:] != images[1].shape[1:]:
+        raise DataError(
+            f"{directory}: train images are {list(images[0].shape[1:])} but t10k images "
+            f"{list(images[1].shape[1:])} pixels; the files do not belong together"
+        )
+    pixels = np.concatenate(images)
+    return IdxParts(
+        pixels,
+        np.concatenate(labels).astype(np.int32),
+        np.arange(len(pixels)) >= len(images[0]),
+    )
+
+
+def _idx_file(directory: Path, name: str, hint: str) -> Path:
+    for path in (directory / name, directory / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise DataError(f"{directory / name}.gz is missing. {hint}")

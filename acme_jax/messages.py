@@ -226,22 +226,22 @@ def decode(data: bytes) -> Message:
 
 def centralized_baseline(
     num_train_per_device: Sequence[int],
-    image_shape: Sequence[int],
+    sample_bytes: float,
     model_bytes_per_device: Sequence[int],
 ) -> tuple[int, int]:
     """Traffic of training everything in the cloud instead, (uplink, downlink) in bytes.
 
-    Up go all raw training samples: one byte (uint8) a pixel and channel, and one byte for the
-    label. Down comes every device's finished model as float32. Nothing is compressed, in ACME
-    neither. The ACME paper compares with the same baseline, but prints no formula.
+    Up go all raw training samples, and one byte for each label. Down comes every device's
+    finished model as float32. Nothing is compressed, in ACME neither. The ACME paper compares
+    with the same baseline, but prints no formula.
 
     Args:
       num_train_per_device: training samples of each device.
-      image_shape: (height, width) or (height, width, channels) of one image.
+      sample_bytes: of one raw sample: one byte (uint8) a pixel and channel of an image, the
+        UTF-8 bytes of a text.
       model_bytes_per_device: size of each device's finished float32 model.
     """
-    sample_bytes = math.prod(image_shape) + 1
-    return sum(num_train_per_device) * sample_bytes, sum(model_bytes_per_device)
+    return round(sum(num_train_per_device) * (sample_bytes + 1)), sum(model_bytes_per_device)
 
 
 def _kind_number(message: Message) -> int:

@@ -12,12 +12,12 @@ import numpy as np
 from jax import Array
 
 from acme_jax import cloud, concrete, edge, header, training
+from acme_jax.blocks import Params
 from acme_jax.config import TrainConfig
 from acme_jax.context import Context, Stream, proxy_indices
 from acme_jax.layout import replicate
 from acme_jax.session import Rows
 from acme_jax.training import GradFn, TrainState
-from acme_jax.vit import Params
 from nas import nsga2
 from nas.arch import Arch, full
 from nas.cells import StaticCell
@@ -55,18 +55,18 @@ def train(
       params: where it starts.
       lesson: what the epoch's gradient takes.
     """
-    images, labels = context.public.train_images, context.public.train_labels
+    inputs, labels = context.public.train_inputs, context.public.train_labels
     mesh = context.mesh
     params, lesson = replicate((params, lesson), mesh)
     optimizer = training.make_optimizer(config)
-    schedule = training.make_schedule(config, images.shape[0])
+    schedule = training.make_schedule(config, inputs.shape[0])
     key = context.stream(stream)
 
     def initial() -> TrainState:
         return training.init_state(params, optimizer)
 
     def advance(state: TrainState, index: int) -> tuple[TrainState, Rows]:
-        state, metrics = epoch(key, replicate(state, mesh), lesson, schedule, images, labels)
+        state, metrics = epoch(key, replicate(state, mesh), lesson, schedule, inputs, labels)
         values = {k: np.asarray(v, np.float64) for k, v in metrics.items()}
         row: dict[str, Any] = {k: float(v.mean()) for k, v in values.items()}
         bad = np.flatnonzero(~np.isfinite(values["loss"]))
@@ -91,7 +91,7 @@ def compiled_epoch(
     context: Context, grad_fn: GradFn, config: TrainConfig
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """The epoch of `training.make_epoch`, jitted, its state donated."""
-    epoch = training.make_epoch(grad_fn, config, context.mesh)
+    epoch = training.make_epoch(grad_fn, config, context.mesh, context.plan.num_micro)
     return jax.jit(epoch, donate_argnums=(1,))
 
 
@@ -118,30 +118,31 @@ def search(context: Context, params: Params, size_limit: float) -> SearchProgres
     stride = math.gcd(config.num_generations, context.config.compute.checkpoint_every)
 
     def evaluator(
-        params: Params, images: Array, labels: Array
+        params: Params, inputs: Array, labels: Array
     ) -> Callable[[Arch], tuple[Array, Array]]:
         return cloud.make_evaluate(
             params,
-            images,
+            inputs,
             labels,
-            context.vit,
+            context.encoder,
             context.space,
             context.mesh,
             dims=context.backbone_dims,
             profile=context.cost_model,
             size_limit=size_limit,
+            batch_size=context.plan.eval_batch,
         )
 
     @jax.jit
     def segment(
-        state: SearchState, params: Params, images: Array, labels: Array
+        state: SearchState, params: Params, inputs: Array, labels: Array
     ) -> tuple[SearchState, Array]:
-        evaluate = evaluator(params, images, labels)
+        evaluate = evaluator(params, inputs, labels)
         return nsga2.run(key, state, searcher, evaluate, num_generations=stride)
 
     arrays = (
         replicate(params, context.mesh),
-        context.public.select_images,
+        context.public.select_inputs,
         context.public.select_labels,
     )
 

@@ -108,8 +108,36 @@ def smoke() -> Config:
     )
 
 
+def minilm_text() -> Config:
+    """A pretrained MiniLM on a text-classification set, 2 edges with 4 devices each.
+
+    The set comes from `python scripts/make_text_dataset.py docstrings.tsv`, or is any .csv, .tsv or
+    .jsonl file with columns `text` and `label`. Without access to the hub give a directory of the
+    checkpoint as --model.pretrained.
+
+    Command: `python scripts/run_acme.py minilm_text --data.path docstrings.tsv`
+    """
+    phase = TrainConfig(epochs=1, learning_rate=2e-4, weight_decay=0.01, max_shift=0)
+    return Config(
+        preset="minilm_text",
+        data=DataConfig(name="text", public_train=1500, public_select=300, public_test=400),
+        model=ModelConfig(pretrained="sentence-transformers/all-MiniLM-L6-v2", max_tokens=24),
+        reference=dataclasses.replace(phase, epochs=3, learning_rate=1e-4),
+        distill=DistillConfig(width=phase, depth=dataclasses.replace(phase, epochs=3)),
+        search=SearchConfig(population_size=16, num_generations=6),
+        fleet=FleetConfig(
+            num_edges=2,
+            devices_per_edge=4,
+            # Most of MiniLM's bytes are its word embedding, which every sub-network keeps.
+            budgets=(0.7, 1.0),
+            distribution="dirichlet",
+            samples_per_device=200,
+        ),
+    )
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
-    preset.__name__: preset for preset in (mnist5k, digits, fashion_mnist, smoke)
+    preset.__name__: preset for preset in (mnist5k, digits, fashion_mnist, smoke, minilm_text)
 }
 
 

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from acme_jax import latency_csv, slicing, supernet
+from acme_jax import encoders, latency_csv, slicing, supernet
 from acme_jax.config import ConfigError
+from acme_jax.encoders import EncoderConfig
 from acme_jax.idx import DataError
 from acme_jax.latency_csv import Measurements, genome, identity, make_genome, stack
-from acme_jax.vit import ViTConfig
 from nas import cost, cost_fit
 from nas.arch import Arch, ArchSpace, sample
 from nas.cost import CostModel, DeviceProfile, ModelDims
@@ -84,7 +84,7 @@ def choose_networks(space: ArchSpace, num_held_out: int, seed: int) -> Networks:
 
 
 def measure(
-    vit: ViTConfig,
+    encoder: EncoderConfig,
     networks: Networks,
     batch_size: int,
     *,
@@ -99,7 +99,7 @@ def measure(
     on all alike; a visit is one call that does not count and `calls` that do.
 
     Args:
-      vit: sizes of the full network; its weights are random, which does not matter.
+      encoder: sizes of the full network; its weights are random, which does not matter.
       networks: from `choose_networks`.
       batch_size: examples in a call.
       rounds: visits of every network, at least 2.
@@ -115,16 +115,16 @@ def measure(
             f"expected at least 2 rounds, 1 call and 1 example, got {rounds} rounds of {calls} "
             f"calls with {batch_size} examples"
         )
-    made = jax.jit(supernet.init, static_argnums=1)(jax.random.key(seed), vit)
+    made = jax.jit(supernet.init, static_argnums=1)(jax.random.key(seed), encoder)
     params = jax.tree.map(np.asarray, made)
     rng = np.random.default_rng(seed)
-    images = jnp.asarray(rng.random((batch_size, *vit.image_shape), np.float32))
+    inputs = jnp.asarray(encoders.random_inputs(seed, batch_size, encoder))
     programs: list[Callable[[], jax.Array]] = []
     count = len(networks.roles)
     for i in range(count):
         sliced = jax.device_put(slicing.slice_params(params, genome(networks.archs, i)))
-        program = jax.jit(lambda weights, images: slicing.final_state(weights, images, vit))
-        programs.append(functools.partial(program, sliced, images))
+        program = jax.jit(lambda weights, inputs: slicing.final_state(weights, inputs, encoder))
+        programs.append(functools.partial(program, sliced, inputs))
         programs[-1]().block_until_ready()
         if (i + 1) % 10 == 0 or i + 1 == count:
             say(f"compiled {i + 1} of {count} networks, batch size {batch_size}")
@@ -141,7 +141,7 @@ def measure(
         np.median(part, axis=(1, 2)) / batch_size
         for part in (seconds, seconds[:, :half], seconds[:, half:])
     ]
-    return Measurements(_backbone(vit.dims), batch_size, *networks, *medians)
+    return Measurements(_backbone(encoder.dims), batch_size, *networks, *medians)
 
 
 def fit_models(measured: Measurements, power: DeviceProfile) -> dict[str, CostModel]:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from acme_jax import device as device_tier
 from acme_jax import header_layout, header_slots
+from acme_jax.blocks import Params
 from acme_jax.config import RefineConfig
 from acme_jax.context import Context, Stream
 from acme_jax.device import DeviceState, EdgeState, Mixing
@@ -29,7 +30,6 @@ from acme_jax.messages import FeatureSketch, ImportanceSet, PersonalizedImportan
 from acme_jax.performance import RoundMeter, measured_peak
 from acme_jax.post import Post
 from acme_jax.session import Rows
-from acme_jax.vit import Params
 from fed import similarity
 from fed.algorithms.local import local
 from fed.clients import ClientData
@@ -107,23 +107,23 @@ def edge_programs(context: Context) -> Programs:
     return programs(context.header_dims, config.refine, context.mesh, config.compute.client_chunk)
 
 
-def exchange_sketches(context: Context, post: Post, edge: int, cls: ClientData) -> Mixing:
+def exchange_sketches(context: Context, post: Post, edge: int, summaries: ClientData) -> Mixing:
     """Every device sends its feature sketch once; the edge compares them.
 
     Args:
       context: of the run.
       post: counts the messages.
       edge: which edge.
-      cls: the devices' normalised CLS features [C, N, D] of their training data.
+      summaries: one vector for each of the devices' training samples [C, N, D].
     """
     compiled = edge_programs(context)
-    sketches = np.asarray(compiled.sketch(cls.inputs, cls.size)).astype(np.float16)
+    sketches = np.asarray(compiled.sketch(summaries.inputs, summaries.size)).astype(np.float16)
     received = [
         post.send(FeatureSketch(sketch), tier="edge-device", direction="up", round=0)
         for sketch in sketches
     ]
     read = np.stack([np.asarray(message.quantiles, np.float32) for message in received])
-    mixing = compiled.mix(jnp.asarray(read), cls.size, context.stream(Stream.SKETCH, edge))
+    mixing = compiled.mix(jnp.asarray(read), summaries.size, context.stream(Stream.SKETCH, edge))
     host: Mixing = jax.tree.map(np.asarray, mixing)
     return host
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from acme_jax import (
     benchmark,
@@ -27,9 +28,11 @@ from acme_jax import (
     tables,
 )
 from acme_jax import device as device_tier
+from acme_jax.bert import BertConfig
+from acme_jax.blocks import Params
 from acme_jax.context import BYTES_PER_PARAM, Context
 from acme_jax.device import DeviceState
-from acme_jax.device_model import DeviceModel
+from acme_jax.encoders import EncoderConfig
 from acme_jax.fleet import Device, edge_devices
 from acme_jax.header_layout import gate_layout, num_flops, num_params
 from acme_jax.post import Post
@@ -43,10 +46,16 @@ from nas.arch import Arch, full
 if TYPE_CHECKING:
     from acme_jax.system import Cloud, Edge
 
+_CARD_FACTS = (
+    "device", "edge", "labels", "num_train", "num_test", "budget_bytes", "size_bytes",
+    "num_flops", "latency_s", "energy_j",
+)  # fmt: skip
+"""Of a device's row, what its model's card tells."""
+
 LOADING = """from acme_jax import device_model
 
 model = device_model.load("{path}")
-classes = model.predict(images)  # images [B, {shape}] in [0, 1]"""
+classes = model.predict(inputs)  # {inputs}"""
 
 
 def finish(context: Context, post: Post, made: Cloud, edges: list[Edge]) -> dict[str, Any]:
@@ -71,7 +80,7 @@ def finish(context: Context, post: Post, made: Cloud, edges: list[Edge]) -> dict
     with session.phase("report"):
         loading = LOADING.format(
             path=run.path / results["devices"][0]["model"],
-            shape=", ".join(str(n) for n in context.vit.image_shape),
+            inputs=_describe_inputs(context.encoder),
         )
         report.write_report(results, timing, run.path, context.config.to_dict(), loading)
     timing = measure_timing(context, peak)
@@ -80,6 +89,13 @@ def finish(context: Context, post: Post, made: Cloud, edges: list[Edge]) -> dict
     tables.print_results(results, timing, session.reporter.console)
     session.say(f"report: {run.path / 'report.html'}")
     return results
+
+
+def _describe_inputs(encoder: EncoderConfig) -> str:
+    shape = ", ".join(str(n) for n in encoder.input_shape)
+    if isinstance(encoder, BertConfig):
+        return f"token ids [B, {shape}]"
+    return f"images [B, {shape}] in [0, 1], or uint8"
 
 
 def evaluate(context: Context, post: Post, made: Cloud, edges: list[Edge]) -> dict[str, Any]:
@@ -101,8 +117,8 @@ def evaluate(context: Context, post: Post, made: Cloud, edges: list[Edge]) -> di
         "reference": _reference(context, made),
         "full": {
             "size_bytes": context.full_bytes,
-            "num_params": int(concrete.num_params(context.vit.dims, full(context.space))),
-            "num_flops": int(concrete.num_flops(context.vit.dims, full(context.space))),
+            "num_params": int(concrete.num_params(context.encoder.dims, full(context.space))),
+            "num_flops": int(concrete.num_flops(context.encoder.dims, full(context.space))),
         },
         "grid": _grid(context, made),
         "search": _search(context, made),
@@ -125,16 +141,18 @@ def export(context: Context, made: Cloud, edges: list[Edge], results: dict[str, 
         cell = outcome.header.cell
         for place, device in enumerate(edge_devices(context.devices, edge)):
             slots = jax.tree.map(lambda leaf, place=place: leaf[place], states.params)
-            model = DeviceModel(
-                vit=context.vit,
-                header_dims=context.header_dims,
-                cell=cell,
-                backbone=outcome.backbone,
-                header=header_slots.from_slots(slots, cell, context.header_dims),
-                mask=masks[place],
+            model = device_model.from_masked(
+                context.encoder,
+                context.header_dims,
+                cell,
+                outcome.backbone,
+                header_slots.from_slots(slots, cell, context.header_dims),
+                masks[place],
+                context.class_names,
             )
             row = rows[device.id]
-            facts = {k: row[k] for k in ("device", "edge", "labels", "size_bytes", "num_flops")}
+            facts = {name: row[name] for name in _CARD_FACTS}
+            facts |= {name: results[name] for name in ("preset", "seed", "commit", "fingerprint")}
             facts["test_accuracy"] = row["accuracy"]["wasserstein"]
             facts["arch"] = [np.asarray(leaf).tolist() for leaf in made.choices[edge].arch]
             device_model.save(model, context.session.run.path / row["model"], facts)
@@ -157,29 +175,42 @@ def measure_timing(context: Context, peak_flops_per_s: float) -> dict[str, Any]:
 
 def _reference(context: Context, made: Cloud) -> dict[str, float]:
     select, test = context.splits.select, context.splits.test
-    images = jnp.asarray(np.concatenate([select.images, test.images]))
-    logits = _reference_logits(made.reference, images, context.vit)
-    classes = np.argmax(np.asarray(logits), axis=-1)
+    inputs = jnp.asarray(np.concatenate([select.inputs, test.inputs]))
+    classes = np.asarray(
+        _reference_classes(made.reference, inputs, context.encoder, context.plan.eval_batch)
+    )
     return {
         "test_accuracy": float(np.mean(classes[len(select) :] == test.labels)),
         "select_accuracy": float(np.mean(classes[: len(select)] == select.labels)),
     }
 
 
-_reference_logits = jax.jit(
-    lambda params, images, vit: supernet.apply(params, images, vit).logits, static_argnums=2
-)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _reference_classes(
+    params: Params, inputs: Array, encoder: EncoderConfig, batch_size: int | None
+) -> Array:
+    def classes(inputs: Array) -> Array:
+        return jnp.argmax(supernet.apply(params, inputs, encoder).logits, axis=-1)
+
+    return cloud.in_batches(classes, batch_size, inputs)
 
 
 def _grid(context: Context, made: Cloud) -> list[dict[str, Any]]:
     archs = jax.tree.map(np.asarray, concrete.grid(context.space))
     accuracy = jax.jit(
-        lambda params, images, labels: cloud.accuracy(
-            params, images, labels, context.vit, context.space, archs, context.mesh
+        lambda params, inputs, labels: cloud.accuracy(
+            params,
+            inputs,
+            labels,
+            context.encoder,
+            context.space,
+            archs,
+            context.mesh,
+            context.plan.eval_batch,
         )
     )
     splits = (context.splits.select, context.splits.test)
-    images = np.concatenate([split.images for split in splits])
+    inputs = np.concatenate([split.inputs for split in splits])
     nobody = [np.full(len(split), -1, np.int32) for split in splits]
 
     def measured(number: int) -> np.ndarray:
@@ -187,8 +218,8 @@ def _grid(context: Context, made: Cloud) -> list[dict[str, Any]]:
         labels = np.concatenate(
             [split.labels if i == number else nobody[i] for i, split in enumerate(splits)]
         )
-        values = np.asarray(accuracy(made.supernet, images, labels), np.float64)
-        return np.rint(values * len(images)) / len(splits[number])
+        values = np.asarray(accuracy(made.supernet, inputs, labels), np.float64)
+        return np.rint(values * len(inputs)) / len(splits[number])
 
     select, test = measured(0), measured(1)
     sizes = np.asarray(
@@ -196,8 +227,8 @@ def _grid(context: Context, made: Cloud) -> list[dict[str, Any]]:
     )
     return [
         {
-            "width": float(archs.heads[i, 0]) / context.vit.num_heads,
-            "depth": float(archs.depth[i]) / context.vit.num_layers,
+            "width": float(archs.heads[i, 0]) / context.encoder.num_heads,
+            "depth": float(archs.depth[i]) / context.encoder.num_layers,
             "size_bytes": int(sizes[i]),
             "select_accuracy": float(select[i]),
             "test_accuracy": float(test[i]),
@@ -260,7 +291,7 @@ def _device_rows(context: Context, edge: int, outcome: Edge, arch: Arch) -> list
     from acme_jax.system import compute_features, stack_devices  # system imports this module
 
     devices = edge_devices(context.devices, edge)
-    tokens = [compute_features(context, outcome.backbone, d.test.images)[0] for d in devices]
+    tokens = [compute_features(context, outcome.backbone, d.test.inputs)[0] for d in devices]
     data = stack_devices(context, tokens, [d.test.labels for d in devices])
     accuracies = _accuracies(context, outcome, data)
     masks = _compact_masks(context, outcome)
@@ -384,7 +415,7 @@ def _summary(devices: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def _traffic(context: Context, post: Post, devices: list[dict[str, Any]]) -> dict[str, Any]:
     uplink, downlink = messages.centralized_baseline(
         [device["num_train"] for device in devices],
-        context.vit.image_shape,
+        context.sample_bytes,
         [device["size_bytes"] for device in devices],
     )
     return {

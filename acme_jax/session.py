@@ -157,6 +157,11 @@ class Session:
         if not any(path.iterdir()):
             path.rmdir()
 
+    def decoding(self, done: int, total: int) -> None:
+        """Shows how many pictures of the data set are decoded."""
+        if done % 1000 == 0 or done == total:
+            self.say(f"decoded {done:,} of {total:,} pictures")
+
     def say(self, text: str) -> None:
         """Shows one line and writes it to the log."""
         self.reporter.say(text)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from acme_jax import supernet
-from acme_jax.vit import Block, Params, ViTConfig
+from acme_jax import encoders, supernet
+from acme_jax.blocks import Params
+from acme_jax.encoders import EncoderConfig
 from nas.arch import Arch, keep_mask
 
 
@@ -80,35 +81,37 @@ def slice_blocks(
     return {**params, "blocks": blocks}
 
 
-def apply(sliced: Params, images: Array, config: ViTConfig) -> supernet.Outputs:
+def apply(sliced: Params, inputs: Array, config: EncoderConfig) -> supernet.Outputs:
     """Forward pass of a sliced network; sizes are read from its weights.
 
     Args:
       sliced: from `slice_params`.
-      images: [B, height, width, channels].
+      inputs: images [B, height, width, channels] or token ids [B, T].
       config: of the full network (patch size and embedding are shared).
     """
-    inputs, final = _run_blocks(sliced, images, config)
-    return supernet.Outputs(supernet.classify(sliced, final), jnp.stack(inputs), final)
+    states, final = _run_blocks(sliced, inputs, config)
+    logits = encoders.classify(encoders.cast(sliced, config), final, inputs, config)
+    return supernet.Outputs(logits, jnp.stack(states), final)
 
 
-def final_state(sliced: Params, images: Array, config: ViTConfig) -> Array:
+def final_state(sliced: Params, inputs: Array, config: EncoderConfig) -> Array:
     """Last hidden state [B, T, D] before the final LayerNorm; needs no classifier."""
-    return _run_blocks(sliced, images, config)[1]
+    return _run_blocks(sliced, inputs, config)[1]
 
 
-def features(sliced: Params, images: Array, config: ViTConfig) -> Array:
-    """Tokens for headers [B, T - 1, D]: `final_state` without CLS, row-major over patches."""
-    return final_state(sliced, images, config)[:, 1:]
+def features(sliced: Params, inputs: Array, config: EncoderConfig) -> Array:
+    """Tokens for headers [B, T', D] (`encoders.header_tokens`), row-major over patches."""
+    return encoders.header_tokens(final_state(sliced, inputs, config), inputs, config)
 
 
-def _run_blocks(sliced: Params, images: Array, config: ViTConfig) -> tuple[list[Array], Array]:
+def _run_blocks(sliced: Params, inputs: Array, config: EncoderConfig) -> tuple[list[Array], Array]:
     """The input of every block, and the last hidden state."""
-    x = supernet.embed(sliced, images, config)
-    inputs = []
+    sliced, keys = encoders.cast(sliced, config), encoders.key_mask(inputs, config)
+    x = encoders.embed(sliced, inputs, config)
+    states = []
     for weights in sliced["blocks"]:
-        heads, head_size = weights["attention"]["out_kernel"].shape[:2]
-        block = Block(heads, head_size, weights["mlp"]["up_bias"].shape[0])
-        inputs.append(x)
-        x = jnp.asarray(block.apply({"params": weights}, x))
-    return inputs, x
+        heads = weights["attention"]["out_kernel"].shape[0]
+        block = encoders.make_block(config, heads, weights["mlp"]["up_bias"].shape[0])
+        states.append(x)
+        x = jnp.asarray(block.apply({"params": weights}, x, key_mask=keys))
+    return states, x

@@ -13,17 +13,19 @@ from typing import NamedTuple
 import numpy as np
 
 from acme_jax.config import DataConfig
-from acme_jax.datasets import DataError, Dataset
+from acme_jax.idx import DataError
+from acme_jax.labelled import Dataset
 
 SPLIT_STREAM = 1
 """Stream of the host generator that shuffles the dataset into its public parts."""
 DEVICE_SPLIT_STREAM = 2
 """Stream of the host generator that divides one device's samples."""
+_ROWS_AT_ONCE = 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Split:
-    images: np.ndarray  # [N, height, width, channels] float32 in [0, 1]
+    inputs: np.ndarray  # images or token ids, as in `Dataset`; always in memory
     labels: np.ndarray  # [N] int32
     indices: np.ndarray  # [N] int64, positions in the array that was divided
 
@@ -62,21 +64,26 @@ def make_splits(dataset: Dataset, config: DataConfig, seed: int) -> Splits:
     """Divides a dataset into the public parts and the devices' pool.
 
     The parts are disjoint and stratified: each has the class proportions of what it is drawn
-    from, to within one image a class. The device pool is everything that remains.
+    from, to within one sample a class. The device pool is everything that remains.
 
     Where a dataset has an official test part, the public test split is drawn from it alone
     and everything else, the devices' images included, from the rest: an official test image
     never becomes anything but test data. (A device's own test samples are then held-out
     images of the official training part.)
 
+    Of images that lie in a file (`np.memmap`) the rows of each part are read into memory as the
+    bytes they are, once, in the order of the file; so that the parts together take as much
+    memory as the file takes room (less official test images that no part asked for).
+
     Args:
-      dataset: the images.
-      config: the number of images of each public part.
+      dataset: the images or texts.
+      config: the number of samples of each public part.
       seed: of the run; the shuffle draws from `default_rng((seed, SPLIT_STREAM, 0))`.
 
     Raises:
-      DataError: fewer images than asked for, or none left for the devices.
+      DataError: fewer samples than asked for, or none left for the devices.
     """
+    noun = "images" if dataset.kind == "images" else "texts"
     rng = np.random.default_rng((seed, SPLIT_STREAM, 0))
     marked = dataset.official_test
     everything = np.arange(len(dataset))
@@ -88,13 +95,13 @@ def make_splits(dataset: Dataset, config: DataConfig, seed: int) -> Splits:
         asked = f"public_train + public_select + public_test = {wanted}"
     if len(rest) <= wanted:
         raise DataError(
-            f"dataset {dataset.name} has {len(rest)} images to divide, but {asked} and the "
+            f"dataset {dataset.name} has {len(rest)} {noun} to divide, but {asked} and the "
             "devices need some too; lower the public_* numbers of DataConfig"
         )
     if marked is not None and marked.sum() < config.public_test:
         raise DataError(
-            f"dataset {dataset.name} has {marked.sum()} official test images, but public_test "
-            f"is {config.public_test}; lower it"
+            f"dataset {dataset.name} has {marked.sum()} official test {noun}, but "
+            f"public_test is {config.public_test}; lower it"
         )
     labels = dataset.labels
     train, rest = _draw_stratified(rng, rest, labels, config.public_train)
@@ -104,7 +111,7 @@ def make_splits(dataset: Dataset, config: DataConfig, seed: int) -> Splits:
     pool = unused if marked is None else rest
 
     def take(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return dataset.images[indices], labels[indices], indices
+        return take_rows(dataset.inputs, indices), labels[indices], indices
 
     return Splits(
         TrainSplit(*take(train)),
@@ -112,6 +119,26 @@ def make_splits(dataset: Dataset, config: DataConfig, seed: int) -> Splits:
         TestSplit(*take(test)),
         DevicePool(*take(pool)),
     )
+
+
+def take_rows(inputs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Copies rows into memory, those of a memory-mapped file in the order of the file.
+
+    Args:
+      inputs: [N, ...].
+      indices: [n], whole numbers in [0, N).
+
+    Returns:
+      [n, ...] of the same dtype, not memory-mapped.
+    """
+    if not isinstance(inputs, np.memmap):
+        return inputs[indices]
+    order = np.argsort(indices)
+    rows = np.empty((len(indices), *inputs.shape[1:]), inputs.dtype)
+    for start in range(0, len(order), _ROWS_AT_ONCE):
+        chunk = order[start : start + _ROWS_AT_ONCE]
+        rows[chunk] = inputs[indices[chunk]]
+    return rows
 
 
 def _draw_stratified(
@@ -149,7 +176,7 @@ def check_num_devices(num_samples: int, num_devices: int) -> None:
 
 
 def split_device(
-    images: np.ndarray, labels: np.ndarray, test_fraction: float, seed: int, device: int
+    inputs: np.ndarray, labels: np.ndarray, test_fraction: float, seed: int, device: int
 ) -> tuple[TrainSplit, TestSplit]:
     """Divides one device's samples into its train and its final test part.
 
@@ -158,7 +185,7 @@ def split_device(
     is trained on (if all labels are such, one random sample becomes the test part).
 
     Args:
-      images: [N, height, width, channels] of the device.
+      inputs: [N, ...] of the device: images or token ids.
       labels: [N].
       test_fraction: in (0, 1).
       seed: of the run; draws from `default_rng((seed, DEVICE_SPLIT_STREAM, device))`.
@@ -193,6 +220,6 @@ def split_device(
         test = order[:1]
     train = np.setdiff1d(order, test)
     return (
-        TrainSplit(images[train], labels[train], train),
-        TestSplit(images[test], labels[test], test),
+        TrainSplit(inputs[train], labels[train], train),
+        TestSplit(inputs[test], labels[test], test),
     )

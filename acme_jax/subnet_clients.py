@@ -23,7 +23,8 @@ from jax import Array
 
 from acme_jax import supernet
 from acme_jax.arch_buckets import Shape, apply_sliced, assign_shapes, put_back, slice_blocks
-from acme_jax.vit import Params, ViTConfig
+from acme_jax.blocks import Params
+from acme_jax.encoders import EncoderConfig
 from fed.aggregate import coverage_weighted_mean
 from fed.algorithm import FedAlgorithm
 from fed.algorithms.local_sgd import SgdState, make_step, start
@@ -48,7 +49,7 @@ class Assignment(NamedTuple):
 
 
 def masked(
-    config: ViTConfig, space: ArchSpace, optimizer: optax.GradientTransformation
+    config: EncoderConfig, space: ArchSpace, optimizer: optax.GradientTransformation
 ) -> FedAlgorithm:
     """HeteroFL of sub-networks with every client at full size; the oracle of `sliced`.
 
@@ -80,7 +81,7 @@ def masked(
 
 
 def sliced(
-    config: ViTConfig, space: ArchSpace, optimizer: optax.GradientTransformation, shape: Shape
+    config: EncoderConfig, space: ArchSpace, optimizer: optax.GradientTransformation, shape: Shape
 ) -> FedAlgorithm:
     """The same as `masked`, computed at a bucket's shape."""
 
@@ -109,7 +110,7 @@ def sliced(
 
 
 def buckets(
-    config: ViTConfig,
+    config: EncoderConfig,
     space: ArchSpace,
     optimizer: optax.GradientTransformation,
     archs: Arch,
@@ -137,7 +138,7 @@ _FIXED = 0.1
 of the full block's matrix products; from a profile of the ViT of `scripts/bench_clients.py`."""
 
 
-def _cost(config: ViTConfig, archs: Arch) -> list[float]:
+def _cost(config: EncoderConfig, archs: Arch) -> list[float]:
     """Relative time of a step of each client, for sharing them out over devices."""
     flops = jax.jit(jax.vmap(lambda arch: num_flops(config.dims, arch)))
     blocks = np.asarray(archs.depth)

@@ -1,4 +1,4 @@
-"""A weight-sharing Vision Transformer: one parameter tree, many sub-networks.
+"""A weight-sharing Transformer encoder: one parameter tree, many sub-networks.
 
 Flax linen modules are used functionally: `init` makes one parameter tree whose blocks are
 stacked along a leading layer axis, and three pure forms of `apply` read it:
@@ -13,22 +13,26 @@ stacked along a leading layer axis, and three pure forms of `apply` read it:
 
 Blocks run in `lax.scan`, so compile time does not grow with depth. After the importance
 reordering the kept heads and neurons are prefixes; the embedding width stays full, so
-LayerNorm stays exact. Shape letters: B batch, T tokens (CLS first), D embedding, H heads,
-K head size, F neurons, L layers, C classes.
+LayerNorm stays exact. Vision Transformers (pre-LN) and BERT (post-LN) differ only in
+`acme_jax.encoders` and in where a block normalises. Shape letters: B batch, T tokens (CLS first),
+D embedding, H heads, K head size, F neurons, L layers, C classes.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from acme_jax.bert import BertConfig
+from acme_jax.blocks import Params, attention_heads, layer_norm, mlp_neurons
+from acme_jax.encoders import EncoderConfig, cast, classify, embed, key_mask, make_block
 from acme_jax.header_ops import normals
-from acme_jax.vit import Block, Params, ViTConfig, attention_heads, layer_norm, mlp_neurons
 from acme_jax.vit_ops import normalise
 from nas.arch import Arch, ArchMask, ArchSpace, keep_mask
 
@@ -41,13 +45,7 @@ class Outputs(NamedTuple):
     final: Array  # [B, T, D] the last hidden state, before the final LayerNorm
 
 
-def full_block(config: ViTConfig) -> Block:
-    """The block of the full network."""
-    dims = config.dims
-    return Block(dims.num_heads, dims.head_size, dims.num_neurons)
-
-
-def init(key: Array, config: ViTConfig) -> Params:
+def init(key: Array, config: EncoderConfig) -> Params:
     """Parameters of the full network; `params["blocks"]` leaves lead with [L].
 
     Kernels are normal with variance 1 / fan-in, as the modules' own initialisers say; those
@@ -59,7 +57,7 @@ def init(key: Array, config: ViTConfig) -> Params:
     """
     dims, layers = config.dims, config.num_layers
     dummy = jnp.zeros((1, dims.num_tokens, dims.embed_dim))
-    block = full_block(config)
+    block = make_block(config, config.num_heads, config.num_neurons)
     shapes = jax.eval_shape(lambda k: block.init(k, dummy)["params"], key)
     fan_in = {
         "qkv_kernel": dims.embed_dim,
@@ -73,9 +71,10 @@ def init(key: Array, config: ViTConfig) -> Params:
         for name, leaf in half.items()
         if name in fan_in
     }
-    patches, position, classifier, *drawn = normals(
+    text = isinstance(config, BertConfig)
+    table, position, classifier, *drawn = normals(
         key,
-        (dims.patch_dim, dims.embed_dim),
+        (config.vocab_size if isinstance(config, BertConfig) else dims.patch_dim, dims.embed_dim),
         (dims.num_tokens, dims.embed_dim),
         (dims.embed_dim, dims.num_classes),
         *((layers, *shape) for shape in kernels.values()),
@@ -84,81 +83,81 @@ def init(key: Array, config: ViTConfig) -> Params:
         name: noise / math.sqrt(fan_in[name]) for name, noise in zip(kernels, drawn, strict=True)
     }
 
+    def norm(*leading: int) -> Params:
+        size = (*leading, dims.embed_dim)
+        return {"scale": jnp.ones(size), "bias": jnp.zeros(size)}
+
     def half(leaves: Params) -> Params:
-        size = (layers, dims.embed_dim)
         rest = {
             name: scaled[name] if name in scaled else jnp.zeros((layers, *leaf.shape))
             for name, leaf in leaves.items()
             if name != "norm"
         }
-        return {**rest, "norm": {"scale": jnp.ones(size), "bias": jnp.zeros(size)}}
+        return {**rest, "norm": norm(layers)}
 
+    def dense(kernel: Array) -> Params:
+        return {
+            "kernel": kernel / math.sqrt(kernel.shape[0]),
+            "bias": jnp.zeros(kernel.shape[1]),
+        }
+
+    outer: Params = (
+        {"embed": {"word": 0.02 * table, "norm": norm()}}
+        if text
+        else {
+            "embed": dense(table),
+            "cls": jnp.zeros((config.num_prefix_tokens, dims.embed_dim)),
+            "norm": norm(),
+        }
+    )
+    if isinstance(config, BertConfig) and config.pooling == "cls":
+        outer["pooler"] = dense(jnp.eye(dims.embed_dim) * math.sqrt(dims.embed_dim))
     return {
-        "embed": {
-            "kernel": patches / math.sqrt(dims.patch_dim),
-            "bias": jnp.zeros(dims.embed_dim),
-        },
-        "cls": jnp.zeros((1, dims.embed_dim)),
+        **outer,
         "position": 0.02 * position,
         "blocks": {name: half(leaves) for name, leaves in shapes.items()},
-        "norm": {"scale": jnp.ones(dims.embed_dim), "bias": jnp.zeros(dims.embed_dim)},
-        "classifier": {
-            "kernel": classifier / math.sqrt(dims.embed_dim),
-            "bias": jnp.zeros(dims.num_classes),
-        },
+        "classifier": dense(classifier),
     }
 
 
-def embed(params: Params, images: Array, config: ViTConfig) -> Array:
-    """Images [B, height, width, channels] -> tokens [B, T, D], CLS first."""
-    batch, size = images.shape[0], config.patch_size
-    rows, columns = config.grid
-    patches = images.reshape(batch, rows, size, columns, size, config.image_shape[2])
-    patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
-    # An empty patch in the place of CLS: all tokens are one product, and the gradient needs
-    # no slices of the tokens.
-    padded = jnp.pad(patches, ((0, 0), (1, 0), (0, 0))).reshape(-1, patches.shape[2])
-    tokens = (padded @ params["embed"]["kernel"]).reshape(batch, -1, config.embed_dim)
-    bias = jnp.broadcast_to(params["embed"]["bias"][None], (rows * columns, config.embed_dim))
-    return tokens + (jnp.concatenate([params["cls"], bias]) + params["position"])[None]
-
-
-def classify(params: Params, final: Array) -> Array:
-    """Last hidden state [B, T, D] -> logits [B, C] by the CLS token."""
-    return (
-        layer_norm(params["norm"], final[:, 0]) @ params["classifier"]["kernel"]
-        + params["classifier"]["bias"][None]
-    )
-
-
 def apply(
-    params: Params, images: Array, config: ViTConfig, mask: ArchMask | None = None
+    params: Params, inputs: Array, config: EncoderConfig, mask: ArchMask | None = None
 ) -> Outputs:
     """Masked forward pass at full size; `mask=None` is the full network.
 
     Args:
       params: from `init`.
-      images: [B, height, width, channels] in [0, 1].
+      inputs: images [B, height, width, channels] or token ids [B, T].
       config: static sizes.
       mask: block [L], head [L, H] and neuron [L, F] in [0, 1]; relaxed values scale.
     """
-    block = full_block(config)
-    tokens = embed(params, images, config)
+    block = make_block(config, config.num_heads, config.num_neurons)
+    params, keys = cast(params, config), key_mask(inputs, config)
+    tokens = embed(params, inputs, config)
     if mask is None:
 
         def full_layer(x: Array, weights: Params) -> tuple[Array, Array]:
-            return jnp.asarray(block.apply({"params": weights}, x)), x
+            return jnp.asarray(block.apply({"params": weights}, x, key_mask=keys)), x
 
-        final, inputs = lax.scan(full_layer, tokens, params["blocks"])
+        final, states = lax.scan(_remat(full_layer, config), tokens, params["blocks"])
     else:
 
         def masked_layer(x: Array, layer: tuple[Params, ArchMask]) -> tuple[Array, Array]:
             weights, m = layer
-            y = jnp.asarray(block.apply({"params": weights}, x, m.head, m.neuron))
+            y = jnp.asarray(block.apply({"params": weights}, x, m.head, m.neuron, keys))
             return x + m.block * (y - x), x
 
-        final, inputs = lax.scan(masked_layer, tokens, (params["blocks"], mask))
-    return Outputs(classify(params, final), inputs, final)
+        # Masks in the activations' type, or they would widen them.
+        masks = jax.tree.map(lambda leaf: leaf.astype(tokens.dtype), mask)
+        layers = (params["blocks"], masks)
+        final, states = lax.scan(_remat(masked_layer, config), tokens, layers)
+    return Outputs(classify(params, final, inputs, config), states, final)
+
+
+def _remat(layer: Callable[..., Any], config: EncoderConfig) -> Callable[..., Any]:
+    """The layer of a scan, computed again in the backward pass where the configuration says so."""
+    # Inside a scan nothing can be merged with the first computation anyway.
+    return jax.checkpoint(layer, prevent_cse=False) if config.remat else layer
 
 
 def prefix_attention(weights: Params, heads: int) -> Params:
@@ -190,7 +189,7 @@ def prefix_block(weights: Params, heads: int, neurons: int) -> Params:
 
 
 def apply_width(
-    params: Params, images: Array, config: ViTConfig, heads: int, neurons: int, keep: Array
+    params: Params, inputs: Array, config: EncoderConfig, heads: int, neurons: int, keep: Array
 ) -> Outputs:
     """Training form: `heads` and `neurons` static in every block, kept blocks traced.
 
@@ -199,26 +198,27 @@ def apply_width(
 
     Args:
       params: from `init`.
-      images: [B, height, width, channels].
+      inputs: images [B, height, width, channels] or token ids [B, T].
       config: static sizes.
       heads: heads in every block.
       neurons: neurons in every block.
       keep: bool [L], the kept blocks. Not batched: do not vmap over it.
     """
-    block = Block(heads, config.dims.head_size, neurons)
-    tokens = embed(params, images, config)
+    block = make_block(config, heads, neurons)
+    params, keys = cast(params, config), key_mask(inputs, config)
+    tokens = embed(params, inputs, config)
 
     def layer(x: Array, xs: tuple[Params, Array]) -> tuple[Array, Array]:
         weights, kept = xs
-        y = lax.cond(kept, lambda v: block.apply({"params": weights}, v), lambda v: v, x)
-        return y, x
+        run = lambda v: block.apply({"params": weights}, v, key_mask=keys)  # noqa: E731
+        return lax.cond(kept, run, lambda v: v, x), x
 
     blocks = prefix_block(params["blocks"], heads, neurons)
-    final, inputs = lax.scan(layer, tokens, (blocks, keep))
-    return Outputs(classify(params, final), inputs, final)
+    final, states = lax.scan(_remat(layer, config), tokens, (blocks, keep))
+    return Outputs(classify(params, final, inputs, config), states, final)
 
 
-GroupFn = Callable[[Params, Params, Array], Array]
+GroupFn = Callable[[Params, Params | None, Array], Array]
 """What a group of heads or neurons adds to the residual stream: (weights, norm, y) -> like y."""
 
 
@@ -252,7 +252,7 @@ def _group(blocks: Params, head_group: int, neuron_group: int) -> _Groups:
 
 
 def apply_arch(
-    params: Params, images: Array, config: ViTConfig, space: ArchSpace, arch: Arch
+    params: Params, inputs: Array, config: EncoderConfig, space: ArchSpace, arch: Arch
 ) -> Outputs:
     """Forward pass of one genome that does only the work the sub-network needs.
 
@@ -262,7 +262,7 @@ def apply_arch(
 
     Args:
       params: from `init`.
-      images: [B, height, width, channels].
+      inputs: images [B, height, width, channels] or token ids [B, T].
       config: static sizes.
       space: the choices, which fix the groups.
       arch: depth [], heads [L], neurons [L]. Not batched: under `vmap` nothing would be
@@ -273,10 +273,13 @@ def apply_arch(
     """
     head_group = math.gcd(config.num_heads, *space.head_choices)
     neuron_group = math.gcd(config.num_neurons, *space.neuron_choices)
+    params, keys = cast(params, config), key_mask(inputs, config)
     groups = _group(params["blocks"], head_group, neuron_group)
     keep = keep_mask(config.num_layers, arch.depth) > 0
 
-    def add_groups(part: GroupFn, weights: Params, norm: Params, y: Array, count: Array) -> Array:
+    def add_groups(
+        part: GroupFn, weights: Params, norm: Params | None, y: Array, count: Array
+    ) -> Array:
         number = jax.tree.leaves(weights)[0].shape[0]
 
         def add(total: Array, xs: tuple[Params, Array]) -> tuple[Array, None]:
@@ -286,16 +289,34 @@ def apply_arch(
         total, _ = lax.scan(add, jnp.zeros_like(y), (weights, jnp.arange(number) < count))
         return total
 
+    def half(
+        x: Array, part: GroupFn, weights: Params, norm: Params, bias: Array, kept: Array,
+        count: Array,
+    ) -> Array:  # fmt: skip
+        """Adds the active groups and the bias of one half of a block, if the block is kept."""
+        before = None if config.post_norm else norm
+        y = x if config.post_norm else normalise(x, config.norm_epsilon)
+        added = x + add_groups(part, weights, before, y, kept * count)
+        added = added + kept.astype(x.dtype) * bias[None, None]
+        if not config.post_norm:
+            return added
+        return jnp.where(kept, layer_norm(norm, added, config.norm_epsilon), x)
+
+    attend = functools.partial(attention_heads, key_mask=keys)
+
     def layer(x: Array, xs: tuple[_Groups, Array, Array, Array]) -> tuple[Array, Array]:
         block, kept, heads, neurons = xs
-        scale = kept.astype(x.dtype)
-        norm, count = block.attention["norm"], kept * heads // head_group
-        attention = add_groups(attention_heads, block.heads, norm, normalise(x), count)
-        middle = x + attention + scale * block.attention["out_bias"][None, None]
-        norm, count = block.mlp["norm"], kept * neurons // neuron_group
-        mlp = add_groups(mlp_neurons, block.neurons, norm, normalise(middle), count)
-        return middle + mlp + scale * block.mlp["down_bias"][None, None], x
+        frame = block.attention
+        middle = half(
+            x, attend, block.heads, frame["norm"], frame["out_bias"], kept, heads // head_group
+        )
+        frame = block.mlp
+        final = half(
+            middle, mlp_neurons, block.neurons, frame["norm"], frame["down_bias"], kept,
+            neurons // neuron_group,
+        )  # fmt: skip
+        return final, x
 
-    tokens = embed(params, images, config)
-    final, inputs = lax.scan(layer, tokens, (groups, keep, arch.heads, arch.neurons))
-    return Outputs(classify(params, final), inputs, final)
+    tokens = embed(params, inputs, config)
+    final, states = lax.scan(layer, tokens, (groups, keep, arch.heads, arch.neurons))
+    return Outputs(classify(params, final, inputs, config), states, final)

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from acme_jax import cloud, distill, phases, refine, slicing, supernet
+from acme_jax import cloud, distill, encoders, phases, refine, slicing, supernet
+from acme_jax.blocks import Params
 from acme_jax.cloud import Choice
 from acme_jax.config import Config
 from acme_jax.context import Context, Stream, make_context, proxy_indices
 from acme_jax.device import Mixing
+from acme_jax.encoders import EncoderConfig
 from acme_jax.fleet import REFERENCE_PROFILE, Device, edge_devices
 from acme_jax.messages import (
     BackboneMessage,
@@ -34,7 +36,6 @@ from acme_jax.progress import Reporter, stop_on_signals
 from acme_jax.results import finish
 from acme_jax.run_dir import RunDirectory
 from acme_jax.session import Session
-from acme_jax.vit import Params, layer_norm
 from fed.clients import ClientData, stack_clients
 
 FEATURE_BATCH = 500
@@ -127,20 +128,20 @@ def register_devices(context: Context, post: Post) -> list[ClusterProfile]:
 
 def cloud_tier(context: Context, clusters: list[ClusterProfile]) -> Cloud:
     """Reference model, reordering, width and depth distillation, Pareto search, choice."""
-    config, vit, public = context.config, context.vit, context.public
+    config, encoder, public = context.config, context.encoder, context.public
     reference = phases.train(
         context,
         "reference model",
         config.reference,
-        phases.compiled_epoch(context, distill.reference_grad(vit), config.reference),
+        phases.compiled_epoch(context, distill.reference_grad(encoder), config.reference),
         Stream.REFERENCE,
-        jax.jit(supernet.init, static_argnums=1)(context.stream(Stream.INIT), vit),
+        initial_params(context),
     )
     with context.session.phase("importance"):
         reorder = jax.jit(cloud.reorder_by_importance, static_argnums=3)
-        reference = reorder(reference, public.select_images, public.select_labels, vit)
+        reference = reorder(reference, public.select_inputs, public.select_labels, encoder)
     space = context.space
-    grad_fn = distill.distillation_grad(vit, space, config.distill.depths_per_step)
+    grad_fn = distill.distillation_grad(encoder, space, config.distill.depths_per_step)
     # One program for both distillation phases: they differ in traced values only.
     epoch = phases.compiled_epoch(context, grad_fn, config.distill.depth)
     width_adaptive = phases.train(
@@ -167,30 +168,40 @@ def cloud_tier(context: Context, clusters: list[ClusterProfile]) -> Cloud:
     return Cloud(reference, elastic, search, choices, limits)
 
 
+def initial_params(context: Context) -> Params:
+    """The full network before its reference phase: pretrained, or drawn at random."""
+    if context.pretrained is not None:
+        return context.pretrained
+    init = jax.jit(supernet.init, static_argnums=1)
+    params: Params = init(context.stream(Stream.INIT), context.encoder)
+    return params
+
+
 def edge_tier(
     context: Context, post: Post, edge: int, choice: Choice, supernet_params: Params
 ) -> Edge:
     """One edge: receive the backbone, search a header, send both down, refine with devices."""
     devices = edge_devices(context.devices, edge)
     sliced = slicing.slice_params(jax.device_get(supernet_params), choice.arch)
-    sliced = {name: leaf for name, leaf in sliced.items() if name != "classifier"}
+    sliced = {name: leaf for name, leaf in sliced.items() if name not in encoders.HEADS}
     backbone = _as_jax(
         post.send(
             BackboneMessage(choice.arch, sliced), tier="cloud-edge", direction="down", round=0
         ).params
     )
     with context.session.phase(f"features, edge {edge}"):
-        proxy = context.splits.train.images[proxy_indices(context)]
+        proxy = context.splits.train.inputs[proxy_indices(context)]
         train_features, _ = compute_features(context, backbone, proxy)
-        select_features, _ = compute_features(context, backbone, context.splits.select.images)
+        select_features, _ = compute_features(context, backbone, context.splits.select.inputs)
         device_features = [
-            compute_features(context, backbone, device.train.images) for device in devices
+            compute_features(context, backbone, device.train.inputs) for device in devices
         ]
     found = phases.search_header(context, edge, train_features, select_features)
     received = send_models(post, choice, sliced, found, devices)
     labels = [device.train.labels for device in devices]
-    tokens, cls = zip(*device_features, strict=True)
-    mixing = refine.exchange_sketches(context, post, edge, stack_devices(context, cls, labels))
+    tokens, summaries = zip(*device_features, strict=True)
+    sketched = stack_devices(context, summaries, labels)
+    mixing = refine.exchange_sketches(context, post, edge, sketched)
     data = stack_devices(context, tokens, labels)
     cohort = refine.run_edge(context, post, edge, found.cell, received, found.linear, data, mixing)
     return Edge(backbone, found, mixing, cohort)
@@ -230,30 +241,32 @@ def send_models(
 
 
 def compute_features(
-    context: Context, backbone: Params, images: np.ndarray | Array
+    context: Context, backbone: Params, inputs: np.ndarray | Array
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Header tokens [N, T, D] and normalised CLS features [N, D] of images.
+    """Header tokens [N, T, D] and summaries [N, D] (`encoders.summary`) of samples.
 
     Computed once, because the backbone is frozen; in batches of one shape, so that an edge
     compiles once.
     """
-    count = images.shape[0]
-    padding = -count % FEATURE_BATCH
-    padded = np.pad(np.asarray(images), ((0, padding), (0, 0), (0, 0), (0, 0)))
+    count, size = inputs.shape[0], context.plan.eval_batch or FEATURE_BATCH
+    size = min(size, FEATURE_BATCH)
+    padding = -count % size
+    padded = np.pad(np.asarray(inputs), ((0, padding), *[(0, 0)] * (inputs.ndim - 1)))
     outputs = [
-        _features(backbone, jnp.asarray(padded[start : start + FEATURE_BATCH]), context.vit)
-        for start in range(0, count + padding, FEATURE_BATCH)
+        _features(backbone, jnp.asarray(padded[start : start + size]), context.encoder)
+        for start in range(0, count + padding, size)
     ]
-    tokens, cls = (
+    tokens, summaries = (
         np.concatenate([np.asarray(part) for part in parts])[:count]
         for parts in zip(*outputs, strict=True)
     )
-    return tokens, cls
+    return tokens, summaries
 
 
-def _features_of(backbone: Params, images: Array, vit: Any) -> tuple[Array, Array]:
-    final = slicing.final_state(backbone, images, vit)
-    return final[:, 1:], layer_norm(backbone["norm"], final[:, 0])
+def _features_of(backbone: Params, inputs: Array, encoder: EncoderConfig) -> tuple[Array, Array]:
+    final = slicing.final_state(backbone, inputs, encoder)
+    tokens = encoders.header_tokens(final, inputs, encoder)
+    return tokens, encoders.summary(backbone, final, inputs, encoder)
 
 
 _features = jax.jit(_features_of, static_argnums=2)

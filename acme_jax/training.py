@@ -1,4 +1,4 @@
-"""Data-parallel supervised training of one phase: optimiser, epochs, augmentation.
+"""Data-parallel supervised training of one phase: optimiser, epochs, micro-batches.
 
 An epoch is one compiled `lax.scan` over steps. Every batch is divided into
 `TrainConfig.shards` parts, spread over the mesh; the parts' gradients are gathered and added
@@ -17,12 +17,13 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh
 
+from acme_jax.augmentation import augment
+from acme_jax.blocks import Params
 from acme_jax.config import ConfigError, TrainConfig
 from acme_jax.layout import map_parts
-from acme_jax.vit import Params
 
 GradFn = Callable[[Array, Params, Any, Array, Array], tuple[dict[str, Array], Params]]
-"""(key, params, lesson, images [b, ...], labels [b]) -> (metrics, gradients), means over b.
+"""(key, params, lesson, inputs [b, ...], labels [b]) -> (metrics, gradients), means over b.
 
 The key is the step's, the same for all parts of its batch."""
 
@@ -106,44 +107,57 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0))
 
 
-def random_shift(key: Array, images: Array, max_shift: int) -> Array:
-    """Moves each image [B, height, width, channels] by up to `max_shift` pixels, zero-filled."""
-    if max_shift == 0:
-        return images
-    pad = ((max_shift, max_shift), (max_shift, max_shift), (0, 0))
-    offsets = jax.random.randint(key, (images.shape[0], 2), 0, 2 * max_shift + 1)
+def accumulated(grad_fn: GradFn, num_micro: int) -> GradFn:
+    """`grad_fn` on equal parts of its samples one after the other, for less memory.
 
-    def shift(image: Array, offset: Array) -> Array:
-        start = (offset[0], offset[1], jnp.int32(0))
-        return lax.dynamic_slice(jnp.pad(image, pad), start, image.shape)
+    The same means, up to rounding; the parts share the key of their batch.
+    """
+    if num_micro == 1:
+        return grad_fn
 
-    return jax.vmap(shift)(images, offsets)
+    def accumulate(
+        key: Array, params: Params, lesson: Any, inputs: Array, labels: Array
+    ) -> tuple[dict[str, Array], Params]:
+        def add(total: Any, part: tuple[Array, ...]) -> tuple[Any, None]:
+            found = grad_fn(key, params, lesson, part[0], part[1])
+            return jax.tree.map(jnp.add, total, found), None
+
+        parts = tuple(leaf.reshape(num_micro, -1, *leaf.shape[1:]) for leaf in (inputs, labels))
+        shapes = jax.eval_shape(grad_fn, key, params, lesson, parts[0][0], parts[1][0])
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = lax.scan(add, zeros, parts)
+        mean: tuple[dict[str, Array], Params] = jax.tree.map(lambda leaf: leaf / num_micro, total)
+        return mean
+
+    return accumulate
 
 
 def make_epoch(
-    grad_fn: GradFn, config: TrainConfig, mesh: Mesh
+    grad_fn: GradFn, config: TrainConfig, mesh: Mesh, num_micro: int = 1
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Builds `epoch(key, state, lesson, schedule, images, labels) -> (state, metrics)`.
+    """Builds `epoch(key, state, lesson, schedule, inputs, labels) -> (state, metrics)`.
 
     Not jitted. `key` is the phase's key, the same for every epoch: each epoch draws from
-    `fold_in(key, state.epoch)`. `lesson` is what `grad_fn` takes. Images are
-    [N, height, width, channels], labels [N]; metrics are [steps]. Of the configuration only
-    batch_size, shards, max_shift and clip_norm are read, so phases that agree in those (and
-    in `grad_fn`) can share one compiled program.
+    `fold_in(key, state.epoch)`. `lesson` is what `grad_fn` takes. Inputs are images
+    [N, height, width, channels] or token ids [N, T], labels [N]; metrics are [steps]. Of the
+    configuration only batch_size, shards, clip_norm and the augmentation are read, so phases
+    that agree in those (and in `grad_fn`) can share one compiled program. A shard's gradient is
+    added up from `num_micro` micro-batches.
     """
+    grad_fn = accumulated(grad_fn, num_micro)
     shards, batch_size = config.shards, config.batch_size
     optimizer = make_optimizer(config)
 
     def batch_grad(
-        key: Array, params: Params, lesson: Any, images: Array, labels: Array
+        key: Array, params: Params, lesson: Any, inputs: Array, labels: Array
     ) -> tuple[dict[str, Array], Params]:
-        # images [shards, b, ...]
+        # inputs [shards, b, ...]
 
         def part(index: Array, *args: Any) -> tuple[dict[str, Array], Params]:
-            key, params, lesson, images, labels = args
-            return grad_fn(key, params, lesson, images[index], labels[index])
+            key, params, lesson, inputs, labels = args
+            return grad_fn(key, params, lesson, inputs[index], labels[index])
 
-        parts = map_parts(part, shards, mesh, key, params, lesson, images, labels)
+        parts = map_parts(part, shards, mesh, key, params, lesson, inputs, labels)
         return jax.tree.map(lambda leaf: _ordered_mean(leaf, shards), parts)
 
     def epoch(
@@ -151,12 +165,12 @@ def make_epoch(
         state: TrainState,
         lesson: Any,
         schedule: Schedule,
-        images: Array,
+        inputs: Array,
         labels: Array,
     ) -> tuple[TrainState, dict[str, Array]]:
-        num_steps = steps_per_epoch(images.shape[0], config)
+        num_steps = steps_per_epoch(inputs.shape[0], config)
         order_key, step_key = jax.random.split(jax.random.fold_in(key, state.epoch))
-        order = jax.random.permutation(order_key, images.shape[0])
+        order = jax.random.permutation(order_key, inputs.shape[0])
         order = order[: num_steps * batch_size].reshape(num_steps, batch_size)
 
         def step(
@@ -165,8 +179,8 @@ def make_epoch(
             params, opt_state = carry
             indices, index = xs
             shift_key, grad_key = jax.random.split(jax.random.fold_in(step_key, index))
-            batch = random_shift(shift_key, images[indices], config.max_shift)
-            batch = batch.reshape(shards, -1, *images.shape[1:])
+            batch = augment(shift_key, inputs[indices], config)
+            batch = batch.reshape(shards, -1, *inputs.shape[1:])
             batch_labels = labels[indices].reshape(shards, -1)
             metrics, grads = batch_grad(grad_key, params, lesson, batch, batch_labels)
             direction, opt_state = optimizer.update(grads, opt_state, params)

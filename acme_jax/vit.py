@@ -1,21 +1,22 @@
-"""The Vision Transformer's sizes and its building blocks (Flax linen, used functionally).
+"""The Vision Transformer: its sizes, and images to tokens and tokens to logits.
 
-Shape letters: B batch, T tokens (CLS first), D embedding, H heads, K head size, F neurons.
+ViT (Dosovitskiy et al., ICLR 2021) with one class token, or DeiT (Touvron et al., ICML 2021) with a
+distillation token beside it. Images are resized and normalised here, inside the compiled
+program, so that data sets stay small bytes on the host and on the accelerator.
+
+Shape letters: B batch, T tokens (prefix tokens first), D embedding, C classes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from flax import linen as nn
+import jax
+import jax.numpy as jnp
 from jax import Array
 
-from acme_jax.vit_ops import attend, gelu, normalise, project_down
+from acme_jax.blocks import Params, layer_norm
 from nas.cost import ModelDims
-
-Params = dict[str, Any]
-"""A tree of arrays in nested dictionaries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +24,34 @@ class ViTConfig:
     """Static description of the full network; hashable, so a jit static argument."""
 
     image_shape: tuple[int, int, int]
-    """Height, width, channels."""
+    """Height, width, channels that the network sees."""
     patch_size: int
     embed_dim: int
     num_layers: int
     num_heads: int
     num_neurons: int
     num_classes: int
+    num_prefix_tokens: int = 1
+    """1: the class token; 2: DeiT's distillation token as well."""
+    norm_epsilon: float = 1e-6
+    source_shape: tuple[int, int, int] | None = None
+    """Height, width, channels of the images that are given, where they are others: they are
+    resized (bilinear, antialiased) and one channel is repeated."""
+    pixel_mean: tuple[float, ...] = ()
+    """Of each channel, subtracted from pixels in [0, 1]; empty: nothing is."""
+    pixel_std: tuple[float, ...] = ()
+    """Of each channel, divided by; empty: nothing is."""
+    dtype: str = "float32"
+    """Of activations, and of the weights as products read them."""
+    remat: bool = False
+    """Compute each block again in the backward pass instead of keeping its activations."""
+
+    post_norm = False  # not a field: the blocks are pre-LN
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one image as it is given."""
+        return self.source_shape or self.image_shape
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -45,141 +67,66 @@ class ViTConfig:
             num_heads=self.num_heads,
             head_size=self.embed_dim // self.num_heads,
             num_neurons=self.num_neurons,
-            num_tokens=self.grid[0] * self.grid[1] + 1,
+            num_tokens=self.grid[0] * self.grid[1] + self.num_prefix_tokens,
             patch_dim=self.patch_size**2 * self.image_shape[2],
             num_classes=self.num_classes,
+            num_prefix_tokens=self.num_prefix_tokens,
         )
 
 
-_dense_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-
-
-def layer_norm(weights: Params, x: Array) -> Array:
-    """LayerNorm over the last axis with given `scale` [D] and `bias` [D]."""
-    leading = (None,) * (x.ndim - 1)
-    return normalise(x) * weights["scale"][leading] + weights["bias"][leading]
-
-
-def _after_norm(norm: Params, y: Array, kernel: Array, bias: Array) -> Array:
-    """LayerNorm's scale and bias, then a dense layer: rows [N, D] -> [N, M].
-
-    Scale and bias go into the kernel [D, M], which is smaller than the rows it multiplies.
-    """
-    shift = (norm["bias"][:, None] * kernel).sum(axis=0)
-    return y @ (norm["scale"][:, None] * kernel) + (shift + bias)[None]
-
-
-def attention_heads(
-    weights: Params, norm: Params, y: Array, head_mask: Array | None = None
-) -> Array:
-    """What some heads add to the residual stream, without the output bias.
-
-    Query, key and value share one kernel: one matmul on the hot path.
+def prepare(images: Array, config: ViTConfig) -> Array:
+    """Images as they are given -> pixels as the network sees them [B, height, width, channels].
 
     Args:
-      weights: qkv_kernel [D, 3, H, K], qkv_bias [3, H, K], out_kernel [H, K, D] of any
-        number of heads; contributions of disjoint heads add up.
-      norm: scale and bias of the LayerNorm before.
-      y: hidden states [B, T, D] from `vit_ops.normalise`.
-      head_mask: [H], scales each head.
+      images: [B, *config.input_shape], float in [0, 1] or uint8.
+      config: static sizes.
     """
-    batch, tokens, embed = y.shape
-    heads, size = weights["out_kernel"].shape[:2]
-    kernel, bias = weights["qkv_kernel"].reshape(embed, -1), weights["qkv_bias"].reshape(-1)
-    qkv = _after_norm(norm, y.reshape(batch * tokens, embed), kernel, bias)
-    context = attend(qkv.reshape(batch, tokens, 3, heads, size))
-    if head_mask is not None:
-        # Scaling the context equals scaling the probabilities (ACME's xi).
-        context = context * head_mask[None, None, :, None]
-    context = context.reshape(batch * tokens, heads * size)
-    return (context @ weights["out_kernel"].reshape(-1, embed)).reshape(y.shape)
+    if jnp.issubdtype(images.dtype, jnp.integer):
+        images = images.astype(jnp.float32) / 255.0
+    height, width, channels = config.image_shape
+    if images.shape[1:3] != (height, width):
+        shape = (images.shape[0], height, width, images.shape[3])
+        images = jax.image.resize(images, shape, "bilinear", precision=jax.lax.Precision.HIGHEST)
+    if images.shape[3] != channels:
+        images = jnp.broadcast_to(images, (*images.shape[:3], channels))
+    if config.pixel_mean:
+        images = images - jnp.asarray(config.pixel_mean, images.dtype)[None, None, None]
+    if config.pixel_std:
+        images = images / jnp.asarray(config.pixel_std, images.dtype)[None, None, None]
+    return images.astype(config.dtype)
 
 
-def mlp_neurons(weights: Params, norm: Params, y: Array, neuron_mask: Array | None = None) -> Array:
-    """What some neurons add to the residual stream, without the output bias.
+def embed(params: Params, images: Array, config: ViTConfig) -> Array:
+    """Images [B, *config.input_shape] -> tokens [B, T, D], prefix tokens first."""
+    images = prepare(images, config)
+    batch, size, prefix = images.shape[0], config.patch_size, config.num_prefix_tokens
+    rows, columns = config.grid
+    patches = images.reshape(batch, rows, size, columns, size, config.image_shape[2])
+    patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+    # Empty patches in the places of the prefix tokens: all tokens are one product, and the
+    # gradient needs no slices of the tokens.
+    padded = jnp.pad(patches, ((0, 0), (prefix, 0), (0, 0))).reshape(-1, patches.shape[2])
+    tokens = (padded @ params["embed"]["kernel"]).reshape(batch, -1, config.embed_dim)
+    bias = jnp.broadcast_to(params["embed"]["bias"][None], (rows * columns, config.embed_dim))
+    return tokens + (jnp.concatenate([params["cls"], bias]) + params["position"])[None]
 
-    Args:
-      weights: up_kernel [D, F], up_bias [F], down_kernel [F, D] of any number of neurons;
-        contributions of disjoint neurons add up.
-      norm: scale and bias of the LayerNorm before.
-      y: hidden states [B, T, D] from `vit_ops.normalise`.
-      neuron_mask: [F], scales each activation.
+
+def summary(params: Params, final: Array, config: ViTConfig) -> Array:
+    """The normalised class token [B, D] of the last hidden state [B, T, D]."""
+    return layer_norm(params["norm"], final[:, 0], config.norm_epsilon)
+
+
+def classify(params: Params, final: Array, config: ViTConfig) -> Array:
+    """Last hidden state [B, T, D] -> logits [B, C], float32.
+
+    By the class token; DeiT's classifiers of both prefix tokens are averaged (its section 4).
     """
-    flat = y.reshape(-1, y.shape[-1])
-    hidden = gelu(_after_norm(norm, flat, weights["up_kernel"], weights["up_bias"]))
-    if neuron_mask is not None:
-        hidden = hidden * neuron_mask[None]
-    return project_down(hidden, weights["down_kernel"]).reshape(y.shape)
+    logits = _linear(params["classifier"], summary(params, final, config))
+    if "distillation_classifier" in params:
+        token = layer_norm(params["norm"], final[:, 1], config.norm_epsilon)
+        logits = (logits + _linear(params["distillation_classifier"], token)) / 2.0
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-class Norm(nn.Module):
-    """Parameters of a LayerNorm, which the layer after it applies."""
-
-    @nn.compact
-    def __call__(self, size: int) -> Params:
-        """Scale and bias [size]."""
-        return {
-            "scale": self.param("scale", nn.initializers.ones, (size,)),
-            "bias": self.param("bias", nn.initializers.zeros, (size,)),
-        }
-
-
-class Attention(nn.Module):
-    """The attention half of a pre-LN block (without the residual)."""
-
-    num_heads: int
-    head_size: int
-
-    @nn.compact
-    def __call__(self, x: Array, head_mask: Array | None = None) -> Array:
-        """Maps [B, T, D] to [B, T, D]; `head_mask` [H] scales each head's output."""
-        embed, heads, size = x.shape[-1], self.num_heads, self.head_size
-        qkv_init = nn.initializers.variance_scaling(
-            1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=(1, 2, 3)
-        )
-        out_init = nn.initializers.variance_scaling(
-            1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2
-        )
-        weights = {
-            "qkv_kernel": self.param("qkv_kernel", qkv_init, (embed, 3, heads, size)),
-            "qkv_bias": self.param("qkv_bias", nn.initializers.zeros, (3, heads, size)),
-            "out_kernel": self.param("out_kernel", out_init, (heads, size, embed)),
-        }
-        out_bias = self.param("out_bias", nn.initializers.zeros, (embed,))
-        norm = Norm(name="norm")(embed)
-        return attention_heads(weights, norm, normalise(x), head_mask) + out_bias[None, None]
-
-
-class Mlp(nn.Module):
-    """The MLP half of a pre-LN block (without the residual)."""
-
-    num_neurons: int
-
-    @nn.compact
-    def __call__(self, x: Array, neuron_mask: Array | None = None) -> Array:
-        """Maps [B, T, D] to [B, T, D]; `neuron_mask` [F] scales each activation."""
-        embed, neurons = x.shape[-1], self.num_neurons
-        weights = {
-            "up_kernel": self.param("up_kernel", _dense_init, (embed, neurons)),
-            "up_bias": self.param("up_bias", nn.initializers.zeros, (neurons,)),
-            "down_kernel": self.param("down_kernel", _dense_init, (neurons, embed)),
-        }
-        down_bias = self.param("down_bias", nn.initializers.zeros, (embed,))
-        norm = Norm(name="norm")(embed)
-        return mlp_neurons(weights, norm, normalise(x), neuron_mask) + down_bias[None, None]
-
-
-class Block(nn.Module):
-    """Pre-LN Transformer block with `num_heads` heads and `num_neurons` neurons."""
-
-    num_heads: int
-    head_size: int
-    num_neurons: int
-
-    @nn.compact
-    def __call__(
-        self, x: Array, head_mask: Array | None = None, neuron_mask: Array | None = None
-    ) -> Array:
-        """Maps [B, T, D] to [B, T, D]; masks [H] and [F] scale heads and neurons."""
-        x = x + Attention(self.num_heads, self.head_size, name="attention")(x, head_mask)
-        return x + Mlp(self.num_neurons, name="mlp")(x, neuron_mask)
+def _linear(weights: Params, x: Array) -> Array:
+    return x @ weights["kernel"] + weights["bias"][None]

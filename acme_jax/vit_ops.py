@@ -9,35 +9,38 @@ Shape letters: B batch, T tokens, D embedding, H heads, K head size, F neurons, 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-_EPSILON = 1e-6
 _SQRT_HALF = math.sqrt(0.5)
 _NORMAL_DENSITY_AT_0 = 1.0 / math.sqrt(2.0 * math.pi)
+_MASKED = -1e30
+"""Score of a token that is not attended to: finite, so that no gradient becomes NaN."""
 
 
-@jax.custom_vjp
-def normalise(x: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def normalise(x: Array, epsilon: float = 1e-6) -> Array:
     """(x - mean) / standard deviation over the last axis: LayerNorm without scale and bias.
 
-    Moments are taken in at least float32; epsilon is 1e-6, Flax's.
+    Moments are taken in at least float32; the default of epsilon is Flax's.
     """
-    return _normalise_forward(x)[0]
+    return _normalise_forward(x, epsilon)[0]
 
 
-def _normalise_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
+def _normalise_forward(x: Array, epsilon: float) -> tuple[Array, tuple[Array, Array]]:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(axis=-1, keepdims=True)
-    rate = lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + _EPSILON)
+    rate = lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + epsilon)
     unit = (centred * rate).astype(x.dtype)
     return unit, (unit, rate)
 
 
-def _normalise_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array]:
+def _normalise_backward(epsilon: float, saved: tuple[Array, Array], grad: Array) -> tuple[Array]:
+    del epsilon
     unit, rate = saved
     grad_, unit_ = grad.astype(rate.dtype), unit.astype(rate.dtype)
     along = (grad_ * unit_).mean(axis=-1, keepdims=True)
@@ -103,20 +106,25 @@ def _project_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, A
 _project.defvjp(_project_forward, _project_backward)
 
 
-def attend(qkv: Array) -> Array:
+def attend(qkv: Array, key_mask: Array | None = None) -> Array:
     """Softmax attention of every head: [B, T, 3, H, K] -> [B, T, H, K].
 
     Scores are scaled by K^-0.5. On CPU small batched products in the layouts that XLA runs
     fast; elsewhere `jax.nn.dot_product_attention`.
+
+    Args:
+      qkv: queries, keys and values.
+      key_mask: bool [B, T], which tokens are attended to; None: all. At least one of each row.
     """
     if jax.default_backend() == "cpu":
-        return _attend_by_products(qkv)
-    return jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return _attend_by_products(qkv, key_mask)
+    mask = None if key_mask is None else key_mask[:, None, None]
+    return jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask=mask)
 
 
 @jax.custom_vjp
-def _attend_by_products(qkv: Array) -> Array:
-    return _attend_forward(qkv)[0]
+def _attend_by_products(qkv: Array, key_mask: Array | None = None) -> Array:
+    return _attend_forward(qkv, key_mask)[0]
 
 
 def _rows(x: Array) -> Array:
@@ -129,14 +137,16 @@ def _columns(x: Array) -> Array:
     return x.transpose(0, 2, 3, 1)
 
 
-def _attend_forward(qkv: Array) -> tuple[Array, tuple[Array, Array]]:
+def _attend_forward(qkv: Array, key_mask: Array | None) -> tuple[Array, tuple[Array, Array]]:
     query, key, value = (qkv[:, :, i] for i in range(3))
     scores = jnp.matmul(_rows(query) * qkv.shape[-1] ** -0.5, _columns(key))
+    if key_mask is not None:
+        scores = jnp.where(key_mask[:, None, None], scores, _MASKED)
     probabilities = jax.nn.softmax(scores)
     return _rows(jnp.matmul(probabilities, _rows(value))), (qkv, probabilities)
 
 
-def _attend_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array]:
+def _attend_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
     # Every product contracts the last axis of its left side with the second last of its right
     # one; asking for transposed keys and values instead would take XLA's slow path.
     qkv, probabilities = saved
@@ -147,7 +157,8 @@ def _attend_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array]:
     query_grad = jnp.matmul(scores, _rows(key)).transpose(0, 2, 1, 3)
     key_grad = jnp.matmul(_columns(query), scores).transpose(0, 3, 1, 2)
     value_grad = jnp.matmul(_columns(grad), probabilities).transpose(0, 3, 1, 2)
-    return (jnp.stack([query_grad, key_grad, value_grad], axis=2),)
+    # A masked key has probability zero, so its scores' gradient is zero without a mask here.
+    return jnp.stack([query_grad, key_grad, value_grad], axis=2), None
 
 
 _attend_by_products.defvjp(_attend_forward, _attend_backward)

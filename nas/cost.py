@@ -25,7 +25,10 @@ _INT32_LIMIT = 2**31
 
 @dataclasses.dataclass(frozen=True)
 class ModelDims:
-    """Sizes of the full Vision Transformer; static and hashable.
+    """Sizes of the full Transformer encoder; static and hashable.
+
+    Of images, whose patches go through one matrix and whose last LayerNorm counts, or, where
+    `vocab_size` is given, of texts, whose embedded tokens go through a LayerNorm first.
 
     Attributes:
       num_layers: L.
@@ -33,12 +36,15 @@ class ModelDims:
       num_heads: H.
       head_size: K.
       num_neurons: F.
-      num_tokens: T that the blocks see, the class token included.
-      patch_dim: input numbers of a patch (height * width * channels).
+      num_tokens: T that the blocks see, prefix tokens included.
+      patch_dim: input numbers of a patch (height * width * channels); 0 of texts.
       num_classes: outputs of the classifier; 0: no classifier.
+      num_prefix_tokens: tokens before the patches: the class token and the like.
+      vocab_size: rows of the word embedding; 0 of images.
 
     Raises:
-      ValueError: a size that is not positive, or 2^31 parameters or more (counts are int32).
+      ValueError: a size that is not positive, both or neither of `patch_dim` and `vocab_size`,
+        or 2^31 parameters or more (counts are int32).
     """
 
     num_layers: int
@@ -49,12 +55,21 @@ class ModelDims:
     num_tokens: int
     patch_dim: int
     num_classes: int = 0
+    num_prefix_tokens: int = 1
+    vocab_size: int = 0
 
     def __post_init__(self) -> None:
+        optional = {"num_classes", "num_prefix_tokens", "vocab_size"}
+        optional |= {"patch_dim"} if self.vocab_size else set()
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), int(field.name != "num_classes")
+            value, least = getattr(self, field.name), int(field.name not in optional)
             if value < least:
                 raise ValueError(f"ModelDims.{field.name} must be at least {least}, got {value}")
+        if self.vocab_size and self.patch_dim:
+            raise ValueError(
+                f"ModelDims has patches of {self.patch_dim} numbers and a vocabulary of "
+                f"{self.vocab_size}; an encoder reads images or texts, so one of them must be 0"
+            )
         block = _block_params(self)
         total = self.num_layers * (
             block.fixed + block.per_head * self.num_heads + block.per_neuron * self.num_neurons
@@ -113,9 +128,10 @@ def _block_params(dims: ModelDims) -> _Linear:
 
 def _shared_params(dims: ModelDims) -> int:
     d = dims.embed_dim
-    embedding = dims.patch_dim * d + d + d + dims.num_tokens * d  # patches, class token, positions
+    patches = dims.patch_dim * d + d + dims.num_prefix_tokens * d  # with bias; class token
+    inputs = dims.vocab_size * d if dims.vocab_size else patches
     classifier = d * dims.num_classes + dims.num_classes
-    return embedding + 2 * d + classifier
+    return inputs + dims.num_tokens * d + 2 * d + classifier  # positions, a LayerNorm
 
 
 def _block_flops(dims: ModelDims) -> _Linear:
@@ -169,7 +185,8 @@ def num_flops(dims: ModelDims, arch: Arch | ArchMask) -> jax.Array:
     block, heads, neurons = (_float(count) for count in _counts(dims, arch))
     unit = _block_flops(dims)
     per_block = float(unit.per_head) * heads + float(unit.per_neuron) * neurons
-    patches = 2.0 * (dims.num_tokens - 1) * dims.patch_dim * dims.embed_dim
+    num_patches = dims.num_tokens - dims.num_prefix_tokens
+    patches = 2.0 * num_patches * dims.patch_dim * dims.embed_dim
     classifier = 2.0 * dims.embed_dim * dims.num_classes
     return jnp.sum(block * per_block) + (patches + classifier)
 

@@ -110,7 +110,7 @@ def make_work(num_clients: int, num_rounds: int) -> client_work.Work:
     Raises:
       DataError: the images are missing, or too few.
     """
-    dataset = datasets.load(DataConfig(name="fashion_mnist"))
+    dataset = datasets.load_images(DataConfig(name="fashion_mnist"))
     assert dataset.official_test is not None
     train = np.flatnonzero(~dataset.official_test)
     if num_clients * NUM_SAMPLES > len(train):
@@ -136,7 +136,7 @@ def make_work(num_clients: int, num_rounds: int) -> client_work.Work:
     return client_work.Work(
         settings,
         client_work.flatten(jax.jit(supernet.init, static_argnums=1)(key, VIT)),
-        dataset.images[rows],
+        dataset.inputs[rows],
         dataset.labels[rows],
         draw_batches(key, num_rounds, num_clients),
     )

@@ -23,7 +23,7 @@ from typing import Any
 import tyro
 
 from acme_jax import latency_csv, presets, profiling
-from acme_jax.datasets import load
+from acme_jax.datasets import load_images
 from acme_jax.fleet import REFERENCE_PROFILE
 from acme_jax.run_dir import versions
 from acme_jax.vit import ViTConfig
@@ -54,7 +54,7 @@ class Arguments:
 def preset_model(name: str, quick: bool) -> tuple[ViTConfig, ArchSpace]:
     """The full network of a preset and its space; `quick`: its least and greatest widths."""
     config = presets.get(name)
-    data, model = load(config.data), config.model
+    data, model = load_images(config.data), config.model
     vit = ViTConfig(image_shape=data.image_shape, num_classes=data.num_classes,
                     **dataclasses.asdict(model))  # fmt: skip
     fractions = config.search.fractions

@@ -375,3 +375,15 @@ def test_the_papers_rule_falls_back_where_its_grid_hides_every_small_network():
 def test_no_network_within_the_limit_is_an_error():
     with pytest.raises(ConfigError, match="no sub-network within 99 bytes for edge 1"):
         cloud.choose_backbones(make_state(ROWS), [1000.0, 99.0], SearchConfig())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 8])
+def test_accuracy_in_batches_equals_all_at_once(batch_size):
+    images, labels = tiny.make_images(5)
+    archs = tiny.stack(tiny.GENOMES)
+    mesh = layout.make_mesh(1)
+    whole, parts = (
+        cloud.accuracy(tiny.make_params(), images, labels, CONFIG, SPACE, archs, mesh, size)
+        for size in (None, batch_size)
+    )
+    np.testing.assert_array_equal(whole, parts)

@@ -23,7 +23,7 @@ def make_dataset(num=300, num_classes=5, **changes):
     rng = np.random.default_rng(0)
     fields = {
         "name": "toy",
-        "images": rng.random((num, 4, 4, 1), dtype=np.float32),
+        "inputs": rng.random((num, 4, 4, 1), dtype=np.float32),
         "labels": rng.integers(0, num_classes, num).astype(np.int32),
         "num_classes": num_classes,
     }
@@ -119,21 +119,21 @@ def test_packaged_data_equals_what_the_packages_read():
 
     expected = load_digits()
     digits = datasets.load(DataConfig(name="digits"))
-    np.testing.assert_allclose(digits.images[..., 0] * 16, expected.images, atol=1e-5)
+    np.testing.assert_allclose(digits.inputs[..., 0] * 16, expected.images, atol=1e-5)
     np.testing.assert_array_equal(digits.labels, expected.target)
 
     mnist = datasets.load(DataConfig(name="mnist5k"))
-    assert mnist.images.shape == (5000, 28, 28, 1)
+    assert mnist.inputs.shape == (5000, 28, 28, 1)
     np.testing.assert_array_equal(np.bincount(mnist.labels), np.full(10, 500))
-    assert mnist.images.max() == 1.0 and mnist.images.min() == 0.0
+    assert mnist.inputs.max() == 1.0 and mnist.inputs.min() == 0.0
     # An upright digit: the mean image is bright in the middle, dark at the border.
-    mean = mnist.images.mean(axis=(0, 3))
+    mean = mnist.inputs.mean(axis=(0, 3))
     assert mean[10:18, 10:18].mean() > 0.3 > 0.01 > mean[:3].mean()
 
 
 def test_fashion_reads_files_and_marks_the_official_test(tmp_path):
     data = datasets.load(DataConfig(name="fashion_mnist", path=write_fashion(tmp_path)))
-    np.testing.assert_array_equal(data.images[:40, ..., 0] * 255, make_images(40, seed=40))
+    np.testing.assert_array_equal(data.inputs[:40, ..., 0] * 255, make_images(40, seed=40))
     np.testing.assert_array_equal(data.official_test, np.arange(60) >= 40)
     assert data.image_shape == (4, 6, 1)
 
@@ -176,6 +176,53 @@ def test_fashion_labels_out_of_range(tmp_path):
         datasets.load(DataConfig(name="fashion_mnist", path=path))
 
 
+def test_fashion_image_sizes_differ(tmp_path):
+    images = idx_bytes(np.zeros((20, 5, 5), np.uint8))
+    path = write_fashion(tmp_path, t10k_images_idx3_ubyte=images)
+    with pytest.raises(DataError, match=r"train images are \[4, 6\] but t10k images \[5, 5\]"):
+        datasets.load(DataConfig(name="fashion_mnist", path=path))
+
+
+def test_images_that_are_not_bytes(tmp_path):
+    images = idx_bytes(np.zeros((40, 4, 6), ">f4"), code=0x0D)
+    path = write_fashion(tmp_path, train_images_idx3_ubyte=images)
+    with pytest.raises(DataError, match="train images are float32 and labels uint8; expected by"):
+        datasets.load(DataConfig(name="fashion_mnist", path=path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar10", r"needs a path: get cifar-10-python.*md5 c58f30108f.*www\.cs\.toronto\.edu"),
+        ("cifar100", r"needs a path: get cifar-100-python.*md5 eb9058c3a382ffc7106e4002c42a8d85"),
+        ("stanford_cars", r"needs a path: .*cars_train\.tgz \(md5 065e5b463ae.*Kaggle dataset"),
+        ("image_folder", "needs a directory as --data.path; expected <path>/<class>/<pictures>"),
+        ("arrays", r"needs a path: expected an \.npz file with images"),
+        ("text", r"needs a path: expected a \.csv or \.tsv file"),
+        ("huggingface", "needs a directory of save_to_disk, or an id on the hub, as --data.path"),
+    ],
+)
+def test_without_a_path_says_what_is_needed(name, message):
+    with pytest.raises(DataError, match=message):
+        datasets.load(DataConfig(name=name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "cifar10", "image_size": 224}, r"image_size is for stanford_cars, image_fol.*"),
+        ({"name": "digits", "cache": "x"}, "DataConfig.cache is for .* the dataset is digits"),
+        ({"name": "image_folder", "label_column": "y"}, "label_column is for text, huggingface"),
+        ({"name": "image_folder", "image_size": 0}, "image_size must be positive, got 0"),
+        ({"name": "image_folder", "path": ""}, "DataConfig.path is empty"),
+        ({"on_corrupt": "ignore"}, "on_corrupt is 'ignore'; expected one of refuse, skip"),
+    ],
+)
+def test_bad_configurations(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**changes)
+
+
 def test_path_for_a_packaged_dataset():
     with pytest.raises(ConfigError, match="digits is part of an installed package"):
         datasets.load(DataConfig(name="digits", path="somewhere"))
@@ -193,15 +240,18 @@ def test_non_finite_images(value):
     images = np.zeros((300, 4, 4, 1), np.float32)
     images[17, 2, 1, 0] = value
     with pytest.raises(DataError, match="1 images hold NaN or infinite pixels, first image 17"):
-        make_dataset(images=images)
+        make_dataset(inputs=images)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": np.full((300, 4, 4, 1), 255, np.float32)}, r"lie in \[255, 255\]; scale them"),
-        ({"images": np.zeros((300, 4, 4), np.float32)}, r"must be float32 \[N, height, width"),
-        ({"images": np.zeros((299, 4, 4, 1), np.float32)}, "299 images but 300 labels"),
+        ({"inputs": np.full((300, 4, 4, 1), 255, np.float32)}, r"lie in \[255, 255\]; scale them"),
+        (
+            {"inputs": np.zeros((300, 4, 4), np.float32)},
+            r"must be images, float32 or uint8 \[N, height",
+        ),
+        ({"inputs": np.zeros((299, 4, 4, 1), np.float32)}, "299 images but 300 labels"),
         (
             {"labels": np.full(300, -1, np.int32)},
             r"300 labels out of range, first labels\[0\] = -1",
@@ -209,7 +259,7 @@ def test_non_finite_images(value):
         ({"labels": np.zeros(300, np.int64)}, "labels must be int32"),
         ({"num_classes": 1}, "needs at least 2 classes"),
         (
-            {"images": np.zeros((0, 4, 4, 1), np.float32), "labels": np.zeros(0, np.int32)},
+            {"inputs": np.zeros((0, 4, 4, 1), np.float32), "labels": np.zeros(0, np.int32)},
             "has no images",
         ),
     ],

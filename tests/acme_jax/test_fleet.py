@@ -42,7 +42,7 @@ def make(pool=POOL, num_classes=10, seed=0, **changes):
 
 
 def numbers(split):
-    return split.images.ravel().astype(int)
+    return split.inputs.ravel().astype(int)
 
 
 def test_devices_are_numbered_edge_by_edge():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -187,7 +188,8 @@ def test_one_flag_makes_a_run_use_the_table(tmp_path):
     search = dataclasses.replace(
         config.search, latency_table=str(smoke_table(tmp_path / "smoke.csv"))
     )
-    made = make_context(dataclasses.replace(config, search=search), session=None)
+    session = SimpleNamespace(decoding=None, say=print)
+    made = make_context(dataclasses.replace(config, search=search), session=session)
     arch = latency_csv.make_genome(2, [2, 4, 4, 4], [64, 64, 32, 64])  # blocks 0 and 2
     latency = 3e-5 + 2e-5 + 4e-5
     rows = np.asarray(cloud.costs(made.backbone_dims, latency_csv.stack([arch]), made.cost_model))
@@ -201,7 +203,7 @@ def test_one_flag_makes_a_run_use_the_table(tmp_path):
         found = cost.latency_s(made.backbone_dims, arch, model)
         np.testing.assert_allclose(found, latency * slower, rtol=1e-3)
     assert len({device.profile.flops_per_s for device in made.devices}) > 1
-    plain = make_context(config, session=None)
+    plain = make_context(config, session=session)
     assert plain.cost_model == REFERENCE_PROFILE
     assert plain.device_cost_model(plain.devices[1]) is plain.devices[1].profile
 

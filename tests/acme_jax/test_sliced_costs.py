@@ -10,7 +10,8 @@ import tiny
 from flax import linen as nn
 
 from acme_jax import slicing, vit_ops
-from acme_jax.vit import ViTConfig, layer_norm
+from acme_jax.blocks import layer_norm
+from acme_jax.vit import ViTConfig
 from nas import cost
 from nas.arch import ArchSpace, full, sample
 

@@ -25,7 +25,7 @@ def test_parts_are_disjoint_complete_and_of_the_asked_size():
     together = np.concatenate([p.indices for p in parts])
     np.testing.assert_array_equal(np.sort(together), np.arange(300))
     for part in parts:
-        np.testing.assert_array_equal(part.images, data.images[part.indices])
+        np.testing.assert_array_equal(part.inputs, data.inputs[part.indices])
         np.testing.assert_array_equal(part.labels, data.labels[part.indices])
 
 
@@ -68,6 +68,44 @@ def test_official_test_images_become_test_data_only():
         assert not official[part.indices].any()
 
 
+def test_mapped_images_are_divided_as_those_in_memory(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (300, 2, 2, 3), dtype=np.uint8)
+    labels = make_dataset().labels
+    np.save(tmp_path / "images.npy", images)
+    mapped = Dataset("toy", np.load(tmp_path / "images.npy", mmap_mode="r"), labels, 5)
+    expected = splits.make_splits(Dataset("toy", images, labels, 5), CONFIG, seed=3)
+    for part, other in zip(splits.make_splits(mapped, CONFIG, seed=3), expected, strict=True):
+        assert type(part.inputs) is np.ndarray and part.inputs.dtype == np.uint8
+        np.testing.assert_array_equal(part.inputs, other.inputs)
+        np.testing.assert_array_equal(part.indices, other.indices)
+
+
+def test_mapped_rows_are_read_in_the_order_of_the_file(monkeypatch, tmp_path):
+    class Recording(np.memmap):
+        def __getitem__(self, rows):
+            read.append(np.array(rows))
+            return super().__getitem__(rows)
+
+    read = []
+    np.save(tmp_path / "rows.npy", np.arange(1000, dtype=np.int32))
+    rows = np.load(tmp_path / "rows.npy", mmap_mode="r").view(Recording)
+    monkeypatch.setattr(splits, "_ROWS_AT_ONCE", 100)
+    wanted = np.random.default_rng(0).permutation(1000)[:450]
+    np.testing.assert_array_equal(splits.take_rows(rows, wanted), wanted)
+    assert [len(r) for r in read] == [100, 100, 100, 100, 50]
+    assert np.all(np.diff(np.concatenate(read)) > 0)
+
+
+def test_texts_are_divided():
+    ids = np.arange(600, dtype=np.int32).reshape(300, 2)
+    data = Dataset("toy", ids, make_dataset().labels, 5, text_bytes=9.0)
+    parts = splits.make_splits(data, CONFIG, seed=3)
+    for part in parts:
+        np.testing.assert_array_equal(part.inputs[:, 0], 2 * part.indices)
+    with pytest.raises(DataError, match="has 300 texts to divide"):
+        splits.make_splits(data, DataConfig(), seed=3)
+
+
 def test_pool_too_small_gives_the_numbers():
     with pytest.raises(DataError, match=r"has 190 images.*public_test = 193 and the devices need"):
         splits.make_splits(make_dataset(190), CONFIG, seed=0)
@@ -108,7 +146,7 @@ def test_device_split_properties(counts, fraction, device):
     assert len(train) > 0 and len(test) > 0
     both = np.concatenate([train.indices, test.indices])
     np.testing.assert_array_equal(np.sort(both), np.arange(labels.size))
-    np.testing.assert_array_equal(train.images[:, 0, 0, 0], train.indices)
+    np.testing.assert_array_equal(train.inputs[:, 0, 0, 0], train.indices)
     np.testing.assert_array_equal(test.labels, labels[test.indices])
     for label, count in enumerate(counts):
         num_test = int((test.labels == label).sum())

@@ -281,7 +281,7 @@ def test_exported_models_have_the_reported_accuracy(whole):
     for device in edge_devices(made.devices, 0):
         row = reported[device.id]
         model = device_model.load(whole / row["model"])
-        accuracy = (model.predict(device.test.images) == device.test.labels).mean()
+        accuracy = (model.predict(device.test.inputs) == device.test.labels).mean()
         assert accuracy == pytest.approx(row["accuracy"]["wasserstein"], abs=1e-6)
         assert (np.asarray(model.mask) == 0).sum() == row["gates_pruned"]
         assert row["size_bytes"] <= row["budget_bytes"]

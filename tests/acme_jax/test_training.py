@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from acme_jax import distill, layout, training
+from acme_jax import augmentation, distill, layout, training
 from acme_jax.config import ConfigError, TrainConfig
 
 CONFIG = TrainConfig(
@@ -239,7 +239,7 @@ def test_a_batch_that_the_shards_do_not_divide_is_refused():
         training.make_schedule(config, NUM)
 
 
-shift = jax.jit(training.random_shift, static_argnums=2)
+shift = jax.jit(augmentation.random_shift, static_argnums=2)
 
 
 def test_no_shift_is_the_identity():
@@ -303,3 +303,19 @@ def test_a_replicated_state_compiles_an_epoch_once():
 def test_more_devices_than_there_are_is_refused():
     with pytest.raises(ConfigError, match=r"compute\.num_devices is 1000, but JAX sees"):
         layout.make_mesh(1000)
+
+
+@pytest.mark.parametrize("num_micro", [2, 3])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(num_micro):
+    params, (images, labels) = tiny.make_params(), tiny.make_images(6)
+    grad_fn = distill.reference_grad(tiny.CONFIG)
+    whole, expected = grad_fn(KEY, params, None, images, labels)
+    metrics, grads = training.accumulated(grad_fn, num_micro)(KEY, params, None, images, labels)
+    tiny.assert_trees_close(grads, expected, atol=1e-6, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], whole["loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["accuracy"], whole["accuracy"], rtol=1e-6)
+
+
+def test_one_micro_batch_is_the_gradient_itself():
+    grad_fn = distill.reference_grad(tiny.CONFIG)
+    assert training.accumulated(grad_fn, 1) is grad_fn

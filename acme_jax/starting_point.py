@@ -1,0 +1,113 @@
+"""Where a run starts: the data, and the full network that will become a supernet.
+
+The network is new, of the sizes in the configuration, or pretrained (`model.pretrained`). The data
+decide the number of classes, a pretrained text encoder decides how texts become token ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+
+from acme_jax import datasets, encoders, pretrained, tokens
+from acme_jax.bert import BertConfig
+from acme_jax.blocks import Params
+from acme_jax.config import Config, ConfigError, ModelConfig
+from acme_jax.datasets import Dataset, RawText
+from acme_jax.encoders import EncoderConfig
+from acme_jax.image_store import Progress
+from acme_jax.vit import ViTConfig
+
+
+class StartingPoint(NamedTuple):
+    """The data set, and the encoder that fits it."""
+
+    dataset: Dataset
+    encoder: EncoderConfig
+    params: Params | None
+    """Pretrained weights; None: drawn at random."""
+
+
+def make_starting_point(config: Config, progress: Progress | None = None) -> StartingPoint:
+    """Reads the data and, where the configuration names one, the pretrained network.
+
+    Args:
+      config: `data`, `model` and `seed` are read.
+      progress: see `datasets.load`.
+
+    Raises:
+      DataError, PretrainedError: data or checkpoint that cannot be used.
+      ConfigError: a network that does not fit the data.
+    """
+    model = config.model
+    loaded = datasets.load(config.data, progress)
+    if model.pretrained is None:
+        if isinstance(loaded, RawText):
+            raise ConfigError(
+                f"dataset {loaded.name} holds texts, which need a text encoder with its "
+                "tokeniser; give a BERT-like checkpoint as --model.pretrained"
+            )
+        return StartingPoint(loaded, _new_vit(loaded, model), None)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    if isinstance(loaded, RawText):
+        encoder, params = pretrained.load(
+            model.pretrained,
+            num_classes=loaded.num_classes,
+            max_tokens=model.max_tokens,
+            key=key,
+        )
+        encode = tokens.load(model.pretrained, max_tokens=model.max_tokens)
+        dataset = datasets.tokenise(loaded, encode)
+    else:
+        dataset = loaded
+        encoder, params = pretrained.load(
+            model.pretrained, num_classes=dataset.num_classes, image_size=model.image_size, key=key
+        )
+    _check_kind(dataset, encoder, model)
+    if isinstance(encoder, ViTConfig):
+        encoder = _for_images(encoder, dataset, model)
+    return StartingPoint(dataset, encoders.replace(encoder, dtype=model.dtype), params)
+
+
+def _new_vit(dataset: Dataset, model: ModelConfig) -> ViTConfig:
+    height, width, channels = dataset.image_shape
+    if model.image_size is not None:
+        height = width = model.image_size
+    datasets.check_patch((height, width), model.patch_size)
+    shape = (height, width, channels)
+    return ViTConfig(
+        image_shape=shape,
+        patch_size=model.patch_size,
+        embed_dim=model.embed_dim,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_neurons=model.num_neurons,
+        num_classes=dataset.num_classes,
+        source_shape=None if shape == dataset.image_shape else dataset.image_shape,
+        dtype=model.dtype,
+    )
+
+
+def _for_images(encoder: ViTConfig, dataset: Dataset, model: ModelConfig) -> ViTConfig:
+    """The encoder for images of the data set's shape, resized on the accelerator."""
+    channels = dataset.image_shape[2]
+    if channels not in (1, encoder.image_shape[2]):
+        raise ConfigError(
+            f"the images of {dataset.name} have {channels} channels, but {model.pretrained} takes "
+            f"{encoder.image_shape[2]}; convert them to RGB or grey"
+        )
+    if dataset.image_shape == encoder.image_shape:
+        return encoder
+    return dataclasses.replace(encoder, source_shape=dataset.image_shape)
+
+
+def _check_kind(dataset: Dataset, encoder: EncoderConfig, model: ModelConfig) -> None:
+    if (dataset.kind == "text") != isinstance(encoder, BertConfig):
+        kind = "texts" if dataset.kind == "text" else "images"
+        raise ConfigError(
+            f"{model.pretrained} is a "
+            f"{'text' if isinstance(encoder, BertConfig) else 'image'} encoder, but dataset "
+            f"{dataset.name} holds {kind}; choose a checkpoint or a dataset of the other kind"
+        )
