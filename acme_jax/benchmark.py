@@ -25,11 +25,13 @@ _SIZE = 512
 _REPEATS = 20
 
 
-def matmul_peak(mesh: Mesh, seconds: float = 0.5) -> float:
-    """Largest float32 matmul rate [FLOP/s] seen over all devices of the mesh at once.
+def matmul_peak(
+    mesh: Mesh, seconds: float = 0.5, *, dtype: str = "float32", size: int = _SIZE
+) -> float:
+    """Largest matmul rate [FLOP/s] seen over all devices of the mesh at once.
 
-    Every device multiplies matrices of 512 x 512, twenty in a row, over and over for about
-    `seconds`; the best of these measurements counts.
+    Every device multiplies matrices of `size` x `size`, twenty in a row, over and over for
+    about `seconds`; the best of these measurements counts.
     """
     count = mesh.devices.size
 
@@ -41,14 +43,14 @@ def matmul_peak(mesh: Mesh, seconds: float = 0.5) -> float:
     program = jax.jit(
         jax.shard_map(chain, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
     )
-    left = jnp.ones((count, _SIZE, _SIZE))
+    left = jnp.ones((count, size, size), dtype)
     program(left, left).block_until_ready()
     best, start = float("inf"), time.perf_counter()
     while time.perf_counter() - start < seconds:
         begin = time.perf_counter()
         program(left, left).block_until_ready()
         best = min(best, time.perf_counter() - begin)
-    return 2.0 * _SIZE**3 * _REPEATS * count / best
+    return 2.0 * size**3 * _REPEATS * count / best
 
 
 def training_rates(context: Context, phases: Sequence[PhaseTime]) -> dict[str, float]:

@@ -156,7 +156,13 @@ def make_context(config: Config, session: Session) -> Context:
     devices = make_fleet(splits.device_pool, config, dataset.num_classes, full_bytes)
     mesh = layout.make_mesh(config.compute.num_devices)
     plan = make_plan(
-        encoder, space, config, mesh, num_train=len(splits.train), num_select=len(splits.select)
+        encoder,
+        space,
+        config,
+        mesh,
+        num_train=len(splits.train),
+        num_select=len(splits.select),
+        sample_bytes=splits.train.inputs[0].nbytes,
     )
     for line in plan.lines:
         session.say(line)

@@ -46,8 +46,11 @@ def to_stablehlo(model: DeviceModel, input_dtype: str = "float32") -> bytes:
     sizes = ", ".join(str(n) for n in model.encoder.input_shape)
     shape = jax_export.symbolic_shape(f"batch, {sizes}")
 
+    # NumPy leaves cannot be indexed by traced token ids.
+    backbone, header = jax.tree.map(jnp.asarray, (model.backbone, model.header))
+
     def program(inputs: Array) -> Array:
-        return model.forward(model.backbone, model.header, inputs)
+        return model.forward(backbone, header, inputs)
 
     made = jax_export.export(jax.jit(program), platforms=PLATFORMS)
     exported = made(jax.ShapeDtypeStruct(shape, jnp.dtype(input_dtype)))

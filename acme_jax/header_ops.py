@@ -24,7 +24,8 @@ from nas.cells import OPS
 NOISE = 0.5
 """Size of the random part of a near-identity weight, in units of the usual fan-in scale."""
 
-_EPSILON = 1e-5
+EPSILON = 1e-5
+"""Of the headers' LayerNorm."""
 
 
 def init_norm(shape: tuple[int, ...]) -> Params:
@@ -54,7 +55,7 @@ def norm(params: Params, inputs: jax.Array, gate: jax.Array, mask: jax.Array) ->
     mean = (inputs * present).sum(-1, keepdims=True) / count
     centred = (inputs - mean) * present
     variance = (centred * centred).sum(-1, keepdims=True) / count
-    normalised = centred * lax.rsqrt(variance + _EPSILON)
+    normalised = centred * lax.rsqrt(variance + EPSILON)
     scaled = normalised * jnp.expand_dims(params["scale"], wide)
     return (scaled + jnp.expand_dims(params["bias"], wide)) * jnp.expand_dims(gate * mask, wide)
 

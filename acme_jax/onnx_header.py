@@ -11,7 +11,7 @@ from acme_jax import dense_header
 from acme_jax.blocks import Params
 from acme_jax.dense_header import Channels, Layer
 from acme_jax.device_model import DeviceModel
-from acme_jax.header_ops import _EPSILON
+from acme_jax.header_ops import EPSILON
 from acme_jax.onnx_graph import Graph, dense, layer_norm
 from nas import cells
 from nas.cells import OPS
@@ -135,7 +135,7 @@ class HeaderWriter:
             bias = self.graph.weight(f"{name}.bias", weights["bias"])
             result: str = self.graph.add("Add", self.blank, bias, scope=name)
             return result
-        return layer_norm(self.graph, name, weights, x, _EPSILON)
+        return layer_norm(self.graph, name, weights, x, EPSILON)
 
     def spread(self, side: str, channels: Channels, union: Channels) -> str:
         """As `dense_header`: channels to their places in a sum."""

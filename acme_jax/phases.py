@@ -91,7 +91,7 @@ def compiled_epoch(
     context: Context, grad_fn: GradFn, config: TrainConfig
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """The epoch of `training.make_epoch`, jitted, its state donated."""
-    epoch = training.make_epoch(grad_fn, config, context.mesh, context.plan.num_micro)
+    epoch = training.make_epoch(grad_fn, config, context.mesh, context.plan.micro_batches(config))
     return jax.jit(epoch, donate_argnums=(1,))
 
 

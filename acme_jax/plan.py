@@ -91,10 +91,8 @@ def make_plan(
     _check_micro_batch(config)
     if sample_bytes is None:
         sample_bytes = step_memory.default_sample_bytes(encoder)
-    needs = _Needs(
-        encoder, space, config, mesh, num_select,
-        step_memory.data_bytes(num_train + num_select, sample_bytes),
-    )  # fmt: skip
+    data = step_memory.data_bytes(num_train + num_select, sample_bytes)
+    needs = _Needs(encoder, space, config, mesh, num_train, num_select, data)
     limit = float("inf") if available is None else chunks.USABLE * available
     candidates = _candidates(config)
     remat, micro_batch = next(
@@ -104,10 +102,15 @@ def make_plan(
     eval_batch = next(
         (each for each in eval_batches if needs.evaluation(each) <= limit), eval_batches[-1]
     )
-    training, evaluation = needs.training(remat, micro_batch), needs.evaluation(eval_batch)
-    needed = max(training, evaluation)
-    if needed > limit:
-        raise ConfigError(_refusal(needs, training > limit, needed, available))
+    parts = {
+        "training": needs.training(remat, micro_batch),
+        "evaluating sub-networks": needs.evaluation(eval_batch),
+        "searching and refining headers": needs.headers(),
+    }
+    needed = max(parts.values())
+    for part, size in parts.items():
+        if available is not None and size > limit:
+            raise ConfigError(_refusal(needs, part, size, available))
     flops = workload.phase_flops(encoder, space, config, mesh, num_train, num_select, eval_batch)
     rate = None
     if sum(flops.values()) > WORTH_TIMING:
@@ -115,9 +118,7 @@ def make_plan(
             encoder, mesh, CPU_FRACTION if step_memory.on_cpu(mesh) else ACCELERATOR_FRACTION
         )
     seconds = {name: None if rate is None else work / rate for name, work in flops.items()}
-    plan = Plan(
-        remat, micro_batch, 1, eval_batch, needed, available, flops, seconds, []
-    )  # fmt: skip
+    plan = Plan(remat, micro_batch, 1, eval_batch, needed, available, flops, seconds, [])
     plan = plan._replace(num_micro=plan.micro_batches(config.distill.depth))
     return plan._replace(lines=_describe(plan, config, encoder, mesh, num_select))
 
@@ -130,6 +131,7 @@ class _Needs:
     space: ArchSpace
     config: Config
     mesh: Mesh
+    num_train: int
     num_select: int
     data: int
 
@@ -137,16 +139,18 @@ class _Needs:
         """The largest of the training phases and the importance pass between them."""
         encoder = dataclasses.replace(self.encoder, remat=remat)
         parameters = step_memory.state_bytes(encoder) // 3
-        phases = [
-            # A phase's starting point stays until it ends; so does the reference network.
-            step_memory.training_bytes(
-                encoder, train, self.mesh, _at_most(train.batch_size // train.shards, micro_batch),
-                distils=distils,
-            )
-            + parameters
-            for train, distils in ((self.config.reference, False), (self.config.distill.depth, True))
-        ]  # fmt: skip
-        return self.data + max(*phases, step_memory.importance_bytes(encoder, self.mesh))
+
+        def phase(train: TrainConfig, *, distils: bool) -> int:
+            samples = _at_most(train.batch_size // train.shards, micro_batch)
+            return step_memory.training_bytes(encoder, train, self.mesh, samples, distils=distils)
+
+        phases = (
+            phase(self.config.reference, distils=False),
+            phase(self.config.distill.depth, distils=True),
+        )
+        importance = step_memory.importance_bytes(encoder, self.mesh)
+        # A phase's starting point stays until it ends; so does the reference network.
+        return self.data + max(max(phases) + parameters, importance)
 
     def evaluation(self, batch: int | None) -> int:
         """The Pareto search's forward passes, beside the reference network."""
@@ -157,6 +161,16 @@ class _Needs:
             dense=dense,
         )  # fmt: skip
         return self.data + program + step_memory.state_bytes(self.encoder) // 3
+
+    def headers(self) -> int:
+        """At least: the cached features of an edge's data, or of its devices, and two networks."""
+        header, fleet = self.config.header, self.config.fleet
+        edge = int(self.num_train * header.proxy_fraction) + self.num_select
+        devices = int(
+            fleet.devices_per_edge * fleet.samples_per_device * (1.0 - fleet.test_fraction)
+        )
+        features = step_memory.features_bytes(self.encoder, max(edge, devices))
+        return self.data + features + step_memory.state_bytes(self.encoder) * 2 // 3
 
 
 def _check_micro_batch(config: Config) -> None:
@@ -204,29 +218,32 @@ def _at_most(samples: int, micro_batch: int) -> int:
     return max(n for n in _divisors(samples) if n <= micro_batch)
 
 
-def _refusal(needs: _Needs, trains: bool, needed: int, available: int | None) -> str:
-    compute = needs.config.compute
-    free = quantity(available, "B")
-    if trains:
-        mends = ["a smaller model, image or max_tokens"]
-        # With micro-batches of one sample a smaller batch needs no less, but fewer shards do.
-        if compute.micro_batch is not None or compute.remat is False:
-            mends.insert(0, "compute.micro_batch or compute.remat left to the plan")
+def _refusal(needs: _Needs, part: str, needed: int, available: int) -> str:
+    config, compute = needs.config, needs.config.compute
+    shards = max(config.reference.shards, config.distill.depth.shards)
+    mends = ["a device with more memory"]
+    if needs.data > 0.2 * needed:
+        mends.insert(0, "fewer data.public_train samples")
+    if part == "training":
+        mends.insert(0, "a smaller model, image_size or max_tokens")
         if needs.encoder.dtype == "float32" and not step_memory.on_cpu(needs.mesh):
-            mends.append("model.dtype bfloat16")
-        shards = max(needs.config.reference.shards, needs.config.distill.depth.shards)
-        if shards > 1:
-            mends.append("fewer shards (each one's gradient is kept)")
+            mends.insert(0, "model.dtype bfloat16")
         if needs.mesh.size < shards:
-            mends.append(f"up to {shards} devices instead of {needs.mesh.size}")
-        what = "training"
+            mends.insert(0, f"up to {shards} devices instead of {needs.mesh.size}")
+        if shards > 1:
+            mends.insert(0, f"fewer shards than {shards}, since each one's gradient is kept")
+        if compute.micro_batch is not None or compute.remat is False:
+            mends.insert(0, "compute.micro_batch and compute.remat left to the plan")
+    elif part == "evaluating sub-networks":
+        mends.insert(0, "a smaller compute.eval_batch, or a smaller model")
     else:
-        mends, what = ["a smaller compute.eval_batch", "a smaller model"], "evaluating sub-networks"
-    mends.append("fewer data.public_train" if needs.data > 0.2 * needed else "a larger device")
+        mends.insert(
+            0, "a smaller header.proxy_fraction, data.public_select or fleet.samples_per_device"
+        )
     return (
-        f"{what} needs {quantity(needed, 'B')} ({needed:,} bytes) on each device, of which the "
-        f"data are {quantity(needs.data, 'B')}, but only {chunks.USABLE:.0%} of the {free} "
-        f"({available:,} bytes) that are free may be used; what would help: {'; '.join(mends)}"
+        f"{part} needs {quantity(needed, 'B')} ({needed:,} bytes) on each device, but only "
+        f"{chunks.USABLE:.0%} of the {quantity(available, 'B')} ({available:,} bytes) that are "
+        f"free may be used; what would help: {'; '.join(mends)}"
     )
 
 

@@ -1,8 +1,8 @@
 """How many bytes the programs of the cloud need on one device, without compiling anything.
 
 An analytic model: it counts the arrays that the code keeps (see `vit_ops` for what each gradient
-saves) and adds XLA's transients by factors that were fitted to `memory_analysis()` of the real
-programs on CPU (docs/bench_full_size.json has ViT-B/16; tests/acme_jax/test_plan.py the small ones).
+saves) and adds XLA's transients by factors fitted to `memory_analysis()` of the real programs on
+CPU, which tests compare it with; docs/bench_full_size.json has ViT-B/16.
 
 Shape letters: B batch, T tokens, D embedding, H heads, K head size, F neurons, L layers.
 """
@@ -27,9 +27,11 @@ _WIDE = 4
 _TRANSIENT = 1.5  # of one block's saved activations: the backward pass of a block
 _REFERENCE_WEIGHTS = 1.25  # of the parameters: their gradient on the way
 _DISTILL_WEIGHTS = 2.4  # of the parameters: the sum of gradients and the one on the way
-_DISTILL_STATES = 6.5  # of the hidden states: student, teachers, their gradients
+_DISTILL_STATES = 6.3  # of the hidden states: student, teachers, their gradients
+_DISTILL_STATES_REMAT = 5.2
 _OPTIMISER = 1.5  # of the parameters: flat gradient and direction
-_EVALUATION = 1.3  # of the arrays that live in the worst moment of a block's forward pass
+_EVALUATION = 1.1  # of the arrays that live in the worst moment of a block's forward pass
+_IMPORTANCE_WEIGHTS = 0.75  # of the parameters: gradients of the MLPs only
 
 
 class Weights(NamedTuple):
@@ -93,23 +95,23 @@ def training_bytes(
     """
     weights, item = count_weights(encoder), item_bytes(encoder, mesh)
     total, blocks = _WIDE * weights.total, item * weights.blocks
-    # A device computes its shards in turn, keeps their gradients, and gathers those of all.
+    # A device computes its shards in turn and keeps their gradients; then it gathers those of all.
     own = -(-train.shards // mesh.size)
     stacked = own if own > 1 else 0
-    if mesh.size > 1:
-        stacked += own * mesh.size
+    gathered = own * mesh.size if mesh.size > 1 else max(stacked, 0.5)
     added_up = int(micro_batch * train.shards < train.batch_size)
     gradient = _DISTILL_WEIGHTS if distils else _REFERENCE_WEIGHTS
     working = (stacked + added_up + gradient) * total
-    if encoder.dtype == "bfloat16":  # the weights as products read them, and their gradient before it is widened
-        working += (3 if distils else 2) * item * weights.total
+    if encoder.dtype == "bfloat16":
+        # The weights as products read them, and their gradient before it is widened.
+        working += (3 if distils else 1) * item * weights.total
     if not encoder.remat:
         # The kernels that each block's backward pass reads are saved with its activations;
         # a LayerNorm before them makes new ones.
         saved = 0.4 if encoder.post_norm else 1.0
         working += (1.5 if distils else 1.0) * saved * blocks
     working += micro_batch * _sample_bytes(encoder, mesh, distils=distils)
-    updating = (max(stacked, 0.5) + _OPTIMISER) * total
+    updating = (gathered + _OPTIMISER) * total
     return state_bytes(encoder) + int(distils) * total + int(max(working, updating))
 
 
@@ -117,8 +119,8 @@ def importance_bytes(encoder: EncoderConfig, mesh: Mesh, batch_size: int = 8) ->
     """What `cloud.reorder_by_importance` needs beyond its data: parameters twice, gradients."""
     weights = count_weights(encoder)
     saved = 0 if encoder.remat else item_bytes(encoder, mesh) * weights.blocks
-    activations = int(1.2 * batch_size * _sample_bytes(encoder, mesh, distils=False))
-    return int((2 + _REFERENCE_WEIGHTS) * _WIDE * weights.total) + saved + activations
+    activations = batch_size * _sample_bytes(encoder, mesh, distils=False)
+    return int((2 + _IMPORTANCE_WEIGHTS) * _WIDE * weights.total) + saved + activations
 
 
 def evaluation_bytes(
@@ -150,9 +152,15 @@ def evaluation_bytes(
     casts = item * count_weights(encoder).total if encoder.dtype == "bfloat16" else 0
     # The dense form regroups the blocks' weights; masks are small.
     regrouped = item * count_weights(encoder).blocks if dense else 0
-    pixels = batch_size * _input_bytes(encoder, item)
+    pixels = batch_size * _input_bytes(encoder, item) // 2
     activations = int(batch_size * copies * per_sample)
     return _WIDE * count_weights(encoder).total + casts + regrouped + pixels + activations
+
+
+def features_bytes(encoder: EncoderConfig, num_samples: int) -> int:
+    """Cached header tokens of that many samples; always float32."""
+    rows, columns = encoder.grid
+    return _WIDE * num_samples * rows * columns * encoder.embed_dim
 
 
 def _block_bytes(d: ModelDims, item: int, *, cpu: bool) -> int:
@@ -172,7 +180,8 @@ def _sample_bytes(encoder: EncoderConfig, mesh: Mesh, *, distils: bool) -> int:
     block = _block_bytes(d, item, cpu=on_cpu(mesh))
     state = item * d.num_tokens * d.embed_dim
     kept = d.num_layers * (state if encoder.remat else block)
-    states = _DISTILL_STATES * (d.num_layers + 1) * state if distils else 0.0
+    copies = _DISTILL_STATES_REMAT if encoder.remat else _DISTILL_STATES
+    states = copies * (d.num_layers + 1) * state if distils else 0.0
     return int(kept + _TRANSIENT * block + states) + _input_bytes(encoder, item)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import client_tables
 import fed_tables
 import nas_tables
+import runtime_tables
 import scale_tables
 import scaling_tables
 
@@ -105,6 +106,7 @@ def main() -> None:
     for module in (fed_tables, client_tables, scale_tables):
         fill(ROOT / "docs" / "FED.md", module.TABLES)
     fill(ROOT / "docs" / "DISTRIBUTED.md", scaling_tables.TABLES)
+    fill(ROOT / "docs" / "EXPORT.md", runtime_tables.TABLES)
 
 
 if __name__ == "__main__":

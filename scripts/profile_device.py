@@ -23,10 +23,10 @@ from typing import Any
 import tyro
 
 from acme_jax import latency_csv, presets, profiling
-from acme_jax.datasets import load_images
+from acme_jax.encoders import EncoderConfig
 from acme_jax.fleet import REFERENCE_PROFILE
 from acme_jax.run_dir import versions
-from acme_jax.vit import ViTConfig
+from acme_jax.starting_point import make_starting_point
 from nas.arch import ArchSpace
 
 
@@ -51,17 +51,15 @@ class Arguments:
     out: Path | None = None
 
 
-def preset_model(name: str, quick: bool) -> tuple[ViTConfig, ArchSpace]:
+def preset_model(name: str, quick: bool) -> tuple[EncoderConfig, ArchSpace]:
     """The full network of a preset and its space; `quick`: its least and greatest widths."""
     config = presets.get(name)
-    data, model = load_images(config.data), config.model
-    vit = ViTConfig(image_shape=data.image_shape, num_classes=data.num_classes,
-                    **dataclasses.asdict(model))  # fmt: skip
+    encoder = make_starting_point(config).encoder
     fractions = config.search.fractions
     if quick:
         fractions = (min(fractions), max(fractions))
-    sizes = (vit.num_layers, vit.num_heads, vit.num_neurons)
-    return vit, ArchSpace.from_fractions(*sizes, fractions)
+    sizes = (encoder.num_layers, encoder.num_heads, encoder.num_neurons)
+    return encoder, ArchSpace.from_fractions(*sizes, fractions)
 
 
 def show(summary: dict[str, Any]) -> None:
@@ -81,12 +79,12 @@ def main() -> None:
     """Measures, prints and writes."""
     arguments = tyro.cli(Arguments)
     share = 4 if arguments.quick else 1
-    vit, space = preset_model(arguments.preset, arguments.quick)
+    encoder, space = preset_model(arguments.preset, arguments.quick)
     networks = profiling.choose_networks(space, arguments.held_out // share, arguments.seed)
     load_before = os.getloadavg()[0]
     measured = [
         profiling.measure(
-            vit, networks, size, rounds=max(2, arguments.rounds // share),
+            encoder, networks, size, rounds=max(2, arguments.rounds // share),
             calls=max(1, arguments.calls // share), seed=arguments.seed, say=print,
         )
         for size in arguments.batch_sizes

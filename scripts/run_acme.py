@@ -20,7 +20,15 @@ from acme_jax.config import Config
 from acme_jax.phase_trace import PhaseName, PhaseTrace
 from acme_jax.presets import get
 
-FORESEEN = ("ConfigError", "DataError", "RunError", "CheckpointError", "NonFiniteLossError")
+FORESEEN = (
+    "ConfigError",
+    "DataError",
+    "PretrainedError",
+    "RunError",
+    "CheckpointError",
+    "NonFiniteLossError",
+    "ModelError",
+)
 """Errors whose message is all that a user needs; by name, because they are imported late."""
 
 STOPPED = 143

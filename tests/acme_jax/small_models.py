@@ -48,10 +48,10 @@ def make_mask(dims, cell, kept=0.7, seed=5):
 
 
 def make_parts(encoder, cell=WEIGHTED, kept=0.7, seed=0):
-    """Backbone, compact header and mask."""
+    """Backbone (NumPy leaves, as a run slices it), compact header and mask."""
     rng, dims = np.random.default_rng(seed), make_dims(encoder, len(cell))
     params = jax.tree.map(
-        lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32),
+        lambda leaf: np.asarray(leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32)),
         supernet.init(jax.random.key(seed), encoder),
     )
     backbone = slicing.slice_params(params, ARCH)

@@ -45,7 +45,7 @@ def check(cell, mask):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("kept", [0.0, 0.15, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("kept", [0.0, 0.15, 0.6, 1.0])
 def test_equals_the_masked_header_at_the_counted_size(cell, kept):
     check(cell, np.random.default_rng(7).random(num_gates(DIMS, cell)) < kept)
 
@@ -71,7 +71,7 @@ def cells_and_masks(draw):
     return cell, draw(st.lists(st.booleans(), min_size=gates, max_size=gates))
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(cells_and_masks())
 def test_random_cells_and_masks(case):
     check(*case)

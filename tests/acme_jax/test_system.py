@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -220,7 +221,7 @@ def assert_identical(run_dir, expected):
     assert len(models(expected)) == 3
     for first, second in zip(models(run_dir), models(expected), strict=True):
         assert first.read_bytes() == second.read_bytes()
-        descriptions = [path.with_name("model.json").read_bytes() for path in (first, second)]
+        descriptions = [path.with_name("config.json").read_bytes() for path in (first, second)]
         assert descriptions[0] == descriptions[1]
 
 
@@ -275,7 +276,7 @@ def test_diverging_run_names_its_place_and_keeps_what_was_good(whole, cache, tmp
 
 def test_exported_models_have_the_reported_accuracy(whole):
     settings = config.from_dict(json.loads((whole / "config.json").read_text()))
-    made = context.make_context(settings, None)
+    made = context.make_context(settings, SimpleNamespace(decoding=None, say=print))
     reported = {row["device"]: row for row in results(whole)["devices"]}
     assert len(reported) == 3
     for device in edge_devices(made.devices, 0):
