@@ -74,6 +74,8 @@ class Context:
     """Of one raw sample, for the centralised baseline."""
     class_names: tuple[str, ...]
     """By label; empty: their numbers."""
+    tokenizer: bytes | None
+    """Texts only: the tokenizer.json that belongs into every device's folder."""
     splits: Splits
     public: Public
     devices: list[Device]
@@ -178,6 +180,7 @@ def make_context(config: Config, session: Session) -> Context:
         header_dims=header_dims,
         sample_bytes=dataset.sample_bytes,
         class_names=dataset.class_names or (),
+        tokenizer=start.tokenizer,
         splits=splits,
         public=Public(
             *layout.replicate(

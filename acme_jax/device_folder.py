@@ -4,6 +4,7 @@
 model.safetensors  sliced backbone and dense header, float32
 config.json        sizes, cell, kept channels, class names, inputs and facts of the run
 README.md          the model card
+tokenizer.json     of text models
 predict.py         stand-alone: needs NumPy and onnxruntime or JAX, not this package
 model.stablehlo    with `acme_jax.export`: raw inputs -> logits, any batch size
 model.onnx         likewise

@@ -11,6 +11,7 @@ _FILES = {
     "model.safetensors": "weights: sliced backbone and dense header, float32",
     "config.json": "sizes, cell, kept channels, class names, inputs, facts of the run",
     "predict.py": "predicts from the command line; needs none of the code that made it",
+    "tokenizer.json": "texts to token ids, cut and padded to the model's length",
     "model.stablehlo": "the whole model for JAX (`jax.export.deserialize`), any batch size",
     "model.onnx": "the whole model for onnxruntime, any batch size",
 }

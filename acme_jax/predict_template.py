@@ -1,10 +1,11 @@
 """Predicts with the model in this folder; stand-alone, without the package that made it.
 
     python predict.py image.png more.jpg images.npy
-    python predict.py ids.npy                        # for text models
+    python predict.py lines.txt ids.npy              # for text models
 
 Images are files (with Pillow) or .npy arrays [B, height, width, channels], uint8 or float in
-[0, 1]; texts are .npy arrays of token ids [B, tokens]. Runs `model.onnx` with onnxruntime if both
+[0, 1]; texts are the lines of a .txt file (with tokenizers) or .npy arrays of token ids
+[B, tokens]. Runs `model.onnx` with onnxruntime if both
 are there, otherwise `model.stablehlo` with JAX.
 """
 
@@ -60,8 +61,10 @@ def read_inputs(path: Path, description: dict[str, Any]) -> np.ndarray:
             values = values[None]
     elif description["kind"] == "image":
         values = read_image(path, shape)[None]
+    elif path.suffix == ".txt":
+        values = read_texts(path)
     else:
-        raise ValueError("expected a .npy file of token ids")
+        raise ValueError("expected a .txt file of texts, one a line, or a .npy file of token ids")
     if values.shape[1:] != shape:
         raise ValueError(f"it has shape {values.shape}; expected [B, {', '.join(map(str, shape))}]")
     if description["kind"] == "image":
@@ -74,6 +77,23 @@ def read_inputs(path: Path, description: dict[str, Any]) -> np.ndarray:
         if values.size and not 0 <= values.min() <= values.max() < size:
             raise ValueError(f"token ids must be from 0 to {size - 1}")
     return values
+
+
+def read_texts(path: Path) -> np.ndarray:
+    """Token ids [B, tokens] of a file's lines; empty ones are left out."""
+    tokenizer = FOLDER / "tokenizer.json"
+    if not tokenizer.exists():
+        raise ValueError("this folder has no tokenizer.json; give token ids as a .npy array")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        sys.exit("texts need: pip install tokenizers (or give token ids as a .npy array)")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError("it has no line of text")
+    # The file says to how many tokens texts are cut and padded.
+    encoded = Tokenizer.from_file(str(tokenizer)).encode_batch(lines)
+    return np.asarray([each.ids for each in encoded], np.int64)
 
 
 def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -103,7 +123,7 @@ def to_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
 def main() -> None:
     """Prints one line for each sample: file, class, probability."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, help="images, or .npy arrays")
+    parser.add_argument("files", nargs="+", type=Path, help="images, texts (.txt), or .npy arrays")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, with logits")
     arguments = parser.parse_args()
     description = json.loads((FOLDER / "config.json").read_text())

@@ -19,6 +19,7 @@ from acme_jax import (
     benchmark,
     cloud,
     concrete,
+    device_folder,
     device_model,
     header_slots,
     messages,
@@ -133,6 +134,7 @@ def evaluate(context: Context, post: Post, made: Cloud, edges: list[Edge]) -> di
 def export(context: Context, made: Cloud, edges: list[Edge], results: dict[str, Any]) -> None:
     """Writes every device's final model under devices/."""
     rows = {row["device"]: row for row in results["devices"]}
+    more = {} if context.tokenizer is None else {"tokenizer.json": context.tokenizer}
     for edge, outcome in enumerate(edges):
         states, masks = (
             _rows(outcome.cohort.devices, "wasserstein"),
@@ -155,7 +157,7 @@ def export(context: Context, made: Cloud, edges: list[Edge], results: dict[str, 
             facts |= {name: results[name] for name in ("preset", "seed", "commit", "fingerprint")}
             facts["test_accuracy"] = row["accuracy"]["wasserstein"]
             facts["arch"] = [np.asarray(leaf).tolist() for leaf in made.choices[edge].arch]
-            device_model.save(model, context.session.run.path / row["model"], facts)
+            device_folder.write(model, context.session.run.path / row["model"], facts, more)
 
 
 def measure_timing(context: Context, peak_flops_per_s: float) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from acme_jax import datasets, encoders, pretrained, tokens
-from acme_jax.bert import BertConfig
+from acme_jax import datasets, pretrained, tokens
 from acme_jax.blocks import Params
 from acme_jax.config import Config, ConfigError, ModelConfig
 from acme_jax.datasets import Dataset, RawText
@@ -28,6 +27,8 @@ class StartingPoint(NamedTuple):
     encoder: EncoderConfig
     params: Params | None
     """Pretrained weights; None: drawn at random."""
+    tokenizer: bytes | None = None
+    """Texts only: the tokenizer.json that their ids come from."""
 
 
 def make_starting_point(config: Config, progress: Progress | None = None) -> StartingPoint:
@@ -52,23 +53,23 @@ def make_starting_point(config: Config, progress: Progress | None = None) -> Sta
         return StartingPoint(loaded, _new_vit(loaded, model), None)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     if isinstance(loaded, RawText):
-        encoder, params = pretrained.load(
+        text_encoder, params = pretrained.load_bert(
             model.pretrained,
             num_classes=loaded.num_classes,
             max_tokens=model.max_tokens,
             key=key,
         )
         encode = tokens.load(model.pretrained, max_tokens=model.max_tokens)
-        dataset = datasets.tokenise(loaded, encode)
-    else:
-        dataset = loaded
-        encoder, params = pretrained.load(
-            model.pretrained, num_classes=dataset.num_classes, image_size=model.image_size, key=key
+        return StartingPoint(
+            datasets.tokenise(loaded, encode),
+            dataclasses.replace(text_encoder, dtype=model.dtype),
+            params,
+            encode.to_json(),
         )
-    _check_kind(dataset, encoder, model)
-    if isinstance(encoder, ViTConfig):
-        encoder = _for_images(encoder, dataset, model)
-    return StartingPoint(dataset, encoders.replace(encoder, dtype=model.dtype), params)
+    encoder, params = pretrained.load_vit(
+        model.pretrained, num_classes=loaded.num_classes, image_size=model.image_size, key=key
+    )
+    return StartingPoint(loaded, _for_images(encoder, loaded, model), params)
 
 
 def _new_vit(dataset: Dataset, model: ModelConfig) -> ViTConfig:
@@ -98,16 +99,6 @@ def _for_images(encoder: ViTConfig, dataset: Dataset, model: ModelConfig) -> ViT
             f"the images of {dataset.name} have {channels} channels, but {model.pretrained} takes "
             f"{encoder.image_shape[2]}; convert them to RGB or grey"
         )
-    if dataset.image_shape == encoder.image_shape:
-        return encoder
-    return dataclasses.replace(encoder, source_shape=dataset.image_shape)
-
-
-def _check_kind(dataset: Dataset, encoder: EncoderConfig, model: ModelConfig) -> None:
-    if (dataset.kind == "text") != isinstance(encoder, BertConfig):
-        kind = "texts" if dataset.kind == "text" else "images"
-        raise ConfigError(
-            f"{model.pretrained} is a "
-            f"{'text' if isinstance(encoder, BertConfig) else 'image'} encoder, but dataset "
-            f"{dataset.name} holds {kind}; choose a checkpoint or a dataset of the other kind"
-        )
+    same = dataset.image_shape == encoder.image_shape
+    source = None if same else dataset.image_shape
+    return dataclasses.replace(encoder, source_shape=source, dtype=model.dtype)

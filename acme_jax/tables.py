@@ -131,7 +131,7 @@ def devices_table(results: Results) -> Table:
         ),
         tuple(rows),
         "Blocks, heads, neurons: what the backbone keeps in all. Size: backbone and pruned "
-        "header, float32, 1 kB = 1,000 bytes. FLOP: one image forward. Latency and energy are "
+        "header, float32, 1 kB = 1,000 bytes. FLOP: one sample forward. Latency and energy are "
         "modelled, not measured. Pruned: part of the header's gates. Last columns: test accuracy "
         "in %, the device's best in bold.",
         frozenset({0, 1, 3}),
@@ -195,7 +195,7 @@ def traffic_table(results: Results) -> Table:
         tuple(rows),
         "Bytes of the encoded messages, all rounds; backbones travel twice, cloud to edge and edge "
         "to device. Centralised: every raw training sample up "
-        "(a byte a pixel and one for the label), every finished float32 model down.",
+        "(a byte a pixel or of text, one for the label), every finished float32 model down.",
         frozenset({0, 1, 2}),
         frozenset(strong),
     )

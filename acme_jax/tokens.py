@@ -34,6 +34,10 @@ class Tokenizer:
     """T: ids of a text, [CLS] first, [SEP] after its last word, then padding."""
     pad_id: int
 
+    def to_json(self) -> bytes:
+        """The content of a tokenizer.json that cuts and pads as this one does."""
+        return bytes(self.engine.to_str(), "utf-8")
+
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [N, T]; longer texts are truncated, their [SEP] stays.
 

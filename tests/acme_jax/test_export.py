@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import tiny
 from PIL import Image
 from small_models import AVG, ENCODERS, IDENTITY, MAX, PLAIN, SEP1, SEP3, SEP5, WEIGHTED, make_model
 
-from acme_jax import device_folder, device_model, export
+from acme_jax import device_folder, device_model, export, tokens
 from acme_jax.export import ExportError
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -214,3 +215,19 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         device_folder.write_bytes(tmp_path / "x", b"content")
     assert not list(tmp_path.iterdir())
+
+
+def test_predict_script_reads_texts(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    checkpoint = Path(__file__).parent / "fixtures" / "checkpoints" / "bert"
+    model = make_model(ENCODERS["bert"])
+    tokenizer = tokens.load(checkpoint, max_tokens=model.encoder.max_tokens)
+    assert tokenizer.vocab_size <= model.encoder.vocab_size and tokenizers
+    programs = {"tokenizer.json": tokenizer.to_json(), **export.programs(model, ["onnx"])}
+    device_folder.write(model, tmp_path / "mine", {}, programs)
+    lines = ["the cat sat", "dog run over the mat"]
+    (tmp_path / "lines.txt").write_text("\n".join([*lines, ""]))
+    done = run_python("-I", tmp_path / "mine" / "predict.py", "lines.txt", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line)["logits"] for line in done.stdout.splitlines()]
+    np.testing.assert_allclose(found, model.logits(tokenizer(lines)), rtol=1e-4, atol=1e-4)
