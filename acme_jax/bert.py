@@ -73,12 +73,12 @@ class BertConfig:
 
 def is_real(ids: Array, config: BertConfig) -> Array:
     """Bool [B, T]: the tokens that are no padding; [CLS] always counts."""
-    return (ids != config.pad_id).at[:, 0].set(True)
+    return (jnp.asarray(ids) != config.pad_id).at[:, 0].set(True)
 
 
 def embed(params: Params, ids: Array, config: BertConfig) -> Array:
     """Token ids int32 [B, T] -> tokens [B, T, D]."""
-    words = params["embed"]["word"][ids].astype(config.dtype)
+    words = jnp.asarray(params["embed"]["word"])[jnp.asarray(ids)].astype(config.dtype)
     return layer_norm(
         params["embed"]["norm"], words + params["position"][None], config.norm_epsilon
     )

@@ -40,8 +40,29 @@ class Choice(NamedTuple):
     objectives: np.ndarray  # [M]
 
 
+IMPORTANCE_BATCH = 8
+"""Samples of one gradient when importance is measured (the original's)."""
+
+
+def check_importance_samples(num_select: int, batch_size: int = IMPORTANCE_BATCH) -> None:
+    """Refuses a select split that importance cannot be measured on.
+
+    Raises:
+      ConfigError: fewer samples than one batch.
+    """
+    if num_select < batch_size:
+        raise ConfigError(
+            f"importance needs at least one batch of {batch_size} samples, but the select split "
+            f"has {num_select}; raise data.public_select"
+        )
+
+
 def measure_importance(
-    params: Params, inputs: Array, labels: Array, config: EncoderConfig, batch_size: int = 8
+    params: Params,
+    inputs: Array,
+    labels: Array,
+    config: EncoderConfig,
+    batch_size: int = IMPORTANCE_BATCH,
 ) -> ImportanceOrder:
     """First-order Taylor importance of heads and neurons, and their order (DynaBERT, ACME).
 
@@ -58,13 +79,9 @@ def measure_importance(
       batch_size: samples per gradient.
 
     Raises:
-      ConfigError: fewer images than one batch, which would score nothing.
+      ConfigError: fewer samples than one batch, which would score nothing.
     """
-    if inputs.shape[0] < batch_size:
-        raise ConfigError(
-            f"importance needs at least one batch of {batch_size} images, but the select split "
-            f"has {inputs.shape[0]} images; raise data.public_select"
-        )
+    check_importance_samples(inputs.shape[0], batch_size)
     dims = config.dims
     ones = ArchMask(
         jnp.ones(dims.num_layers),
@@ -186,14 +203,11 @@ def in_batches(fn: Callable[..., Array], batch_size: int | None, *rows: Array) -
     count = rows[0].shape[0]
     if batch_size is None or batch_size >= count:
         return fn(*rows)
-    padding = -count % batch_size
-    parts = tuple(
-        jnp.pad(leaf, ((0, padding), *[(0, 0)] * (leaf.ndim - 1))).reshape(
-            -1, batch_size, *leaf.shape[1:]
-        )
-        for leaf in rows
-    )
-    found: Array = lax.map(lambda part: fn(*part), parts)
+    # Batches as indices, because a padded copy of all rows would take their memory twice; the last
+    # batch begins again at the first row.
+    size = count + -count % batch_size
+    batches = (jnp.arange(size) % count).reshape(-1, batch_size)
+    found: Array = lax.map(lambda batch: fn(*(leaf[batch] for leaf in rows)), batches)
     return found.reshape(-1, *found.shape[2:])[:count]
 
 

@@ -184,6 +184,7 @@ class TrainConfig:
             0.0 <= self.warmup_fraction < 1.0,
             f"TrainConfig.warmup_fraction must be in [0, 1), got {self.warmup_fraction}",
         )
+        _check(self.max_shift >= 0, "TrainConfig.max_shift must not be negative")
         _check(
             0.0 < self.min_crop <= 1.0,
             f"TrainConfig.min_crop must be in (0, 1], got {self.min_crop}",

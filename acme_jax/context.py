@@ -83,6 +83,11 @@ class Context:
     """The device that the search has in mind: assumed, or measured (`search.latency_table`)."""
 
     @property
+    def eval_batch(self) -> int:
+        """Samples in one forward pass: at most as many as the plan made room for."""
+        return self.plan.eval_batch or len(self.splits.select)
+
+    @property
     def key(self) -> Array:
         """The run's root key."""
         return jax.random.key(self.config.seed)
@@ -156,6 +161,7 @@ def make_context(config: Config, session: Session) -> Context:
         )
     full_bytes = _full_bytes(backbone_dims, space, header_dims)
     devices = make_fleet(splits.device_pool, config, dataset.num_classes, full_bytes)
+    cloud.check_importance_samples(len(splits.select))
     mesh = layout.make_mesh(config.compute.num_devices)
     plan = make_plan(
         encoder,
@@ -173,7 +179,8 @@ def make_context(config: Config, session: Session) -> Context:
         session=session,
         mesh=mesh,
         encoder=encoders.replace(encoder, remat=plan.remat),
-        pretrained=start.params,
+        # On the host, because only the reference phase begins with them.
+        pretrained=None if start.params is None else jax.device_get(start.params),
         plan=plan,
         space=space,
         backbone_dims=backbone_dims,

@@ -83,7 +83,7 @@ def make_fleet(pool: DevicePool, config: Config, num_classes: int, full_bytes: i
         else:
             parts = partition.label_groups(
                 pool.labels,
-                paper_label_groups(fleet.distribution, num_devices, num_classes),
+                _label_groups(fleet.distribution, num_devices, num_classes),
                 samples_per_client=fleet.samples_per_device,
                 seed=seed,
             )
@@ -106,6 +106,22 @@ def make_fleet(pool: DevicePool, config: Config, num_classes: int, full_bytes: i
         )
         devices.append(Device(device, edge, int(budget), profile, train, test))
     return devices
+
+
+def _label_groups(distribution: str, num_devices: int, num_classes: int) -> list[tuple[int, ...]]:
+    """The paper's label lists; with fewer than its 10 classes "iid" is every label everywhere.
+
+    Raises:
+      ConfigError: another distribution of fewer than 10 classes.
+    """
+    if num_classes >= 10:
+        return paper_label_groups(distribution, num_devices, num_classes)
+    if distribution != "iid":
+        raise ConfigError(
+            f"fleet.distribution {distribution!r} divides at least 10 classes, but the data have "
+            f"{num_classes}; choose --fleet.distribution dirichlet or iid"
+        )
+    return [tuple(range(num_classes))] * num_devices
 
 
 def edge_devices(devices: list[Device], edge: int) -> list[Device]:

@@ -42,7 +42,7 @@ def read_huggingface(config: DataConfig, progress: Progress | None = None) -> Da
         library = importlib.import_module("datasets")
     except ImportError:
         raise DataError(
-            "dataset huggingface needs the package datasets: pip install acme-jax[huggingface]"
+            "dataset huggingface needs the package datasets: pip install datasets"
         ) from None
     parts = _parts(library, config.path)
     first = next(iter(parts.values()))

@@ -32,7 +32,7 @@ class Graph:
             import onnx
         except ImportError:
             raise ExportError(
-                "ONNX files need the package onnx; install it with: pip install 'acme-jax[onnx]'"
+                "ONNX files need the package onnx; install it with: pip install onnx onnxruntime"
             ) from None
         self._onnx = onnx
         self._nodes: list[Any] = []

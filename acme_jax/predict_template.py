@@ -97,16 +97,32 @@ def read_texts(path: Path) -> np.ndarray:
 
 
 def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An image file as uint8 [height, width, channels]; of another size it is resized."""
+    """An image file as uint8 [height, width, channels], prepared as in training.
+
+    Upright (EXIF), the central part of the right proportions, resized; 16 bits become 8.
+    """
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         sys.exit("image files need: pip install pillow (or give a .npy array)")
-    with Image.open(path) as file:
-        image = file.convert({1: "L", 3: "RGB", 4: "RGBA"}.get(shape[2], "RGB"))
-        if image.size != (shape[1], shape[0]):
-            image = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
-        return np.asarray(image, np.uint8).reshape(shape[0], shape[1], -1)
+    height, width, channels = shape
+    try:
+        with Image.open(path) as file:
+            upright: Image.Image = ImageOps.exif_transpose(file)
+            if upright.mode.startswith("I"):
+                upright = Image.fromarray(
+                    (np.asarray(upright).astype(np.int64) >> 8).astype(np.uint8)
+                )
+            image = upright.convert({1: "L", 4: "RGBA"}.get(channels, "RGB"))
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
+    if image.size != (width, height):
+        scale = min(image.width / width, image.height / height)
+        part = (width * scale, height * scale)
+        left, top = ((whole - n) / 2 for whole, n in zip(image.size, part, strict=True))
+        box = (left, top, left + part[0], top + part[1])
+        image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(image, np.uint8).reshape(height, width, -1)
 
 
 def to_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -131,7 +147,7 @@ def main() -> None:
     for path in arguments.files:
         try:
             inputs = to_dtype(read_inputs(path, description["inputs"]), dtype)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, SyntaxError) as error:  # Pillow's are of all kinds
             sys.exit(f"cannot use {path}: {error}")
         logits = np.concatenate([run(inputs[i : i + 32]) for i in range(0, len(inputs), 32)])
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))

@@ -268,6 +268,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
         digits,
         fashion_mnist,
         smoke,
+        minilm_text,
         vit_b16_cifar100,
         vit_b16_stanford_cars,
     )

@@ -10,6 +10,7 @@ equal transformers' own: logits within 1e-4, hidden states within 1e-3, in float
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import jax
 from jax import Array
@@ -128,17 +129,33 @@ def load(
       PretrainedError: as `load_vit`, or an argument of the other kind.
     """
     directory = find_directory(path_or_hub_id)
-    fields = CheckpointConfig(directory)
-    kind, _ = fields.architecture(vit_checkpoint.ARCHITECTURES | bert_checkpoint.ARCHITECTURES)
-    is_text = kind in bert_checkpoint.ARCHITECTURES
+    model_type, is_text = _model_type(directory)
     if (image_size if is_text else max_tokens) is not None:
         name = "image_size" if is_text else "max_tokens"
-        raise PretrainedError(f"{directory} holds a {kind} encoder, which has no {name}; omit it")
+        raise PretrainedError(
+            f"{directory} holds a {model_type} encoder, which has no {name}; omit it"
+        )
     if is_text:
         return load_bert(
             directory, num_classes=num_classes, max_tokens=max_tokens or MAX_TOKENS, key=key
         )
     return load_vit(directory, num_classes=num_classes, image_size=image_size, key=key)
+
+
+def kind(path_or_hub_id: str | Path) -> Literal["image", "text"]:
+    """What a checkpoint encodes, by its config.json alone.
+
+    Raises:
+      PretrainedError: there is none, or it describes another architecture.
+    """
+    return "text" if _model_type(find_directory(path_or_hub_id))[1] else "image"
+
+
+def _model_type(directory: Path) -> tuple[str, bool]:
+    """The checkpoint's model_type, and whether that encodes texts."""
+    fields = CheckpointConfig(directory)
+    name, _ = fields.architecture(vit_checkpoint.ARCHITECTURES | bert_checkpoint.ARCHITECTURES)
+    return name, name in bert_checkpoint.ARCHITECTURES
 
 
 def _or_default(key: Array | None) -> Array:

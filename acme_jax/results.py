@@ -179,7 +179,7 @@ def _reference(context: Context, made: Cloud) -> dict[str, float]:
     select, test = context.splits.select, context.splits.test
     inputs = jnp.asarray(np.concatenate([select.inputs, test.inputs]))
     classes = np.asarray(
-        _reference_classes(made.reference, inputs, context.encoder, context.plan.eval_batch)
+        _reference_classes(made.reference, inputs, context.encoder, context.eval_batch)
     )
     return {
         "test_accuracy": float(np.mean(classes[len(select) :] == test.labels)),
@@ -208,7 +208,7 @@ def _grid(context: Context, made: Cloud) -> list[dict[str, Any]]:
             context.space,
             archs,
             context.mesh,
-            context.plan.eval_batch,
+            context.eval_batch,
         )
     )
     splits = (context.splits.select, context.splits.test)

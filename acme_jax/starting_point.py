@@ -52,6 +52,7 @@ def make_starting_point(config: Config, progress: Progress | None = None) -> Sta
             )
         return StartingPoint(loaded, _new_vit(loaded, model), None)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    _check_kind(loaded, model)
     if isinstance(loaded, RawText):
         text_encoder, params = pretrained.load_bert(
             model.pretrained,
@@ -60,6 +61,12 @@ def make_starting_point(config: Config, progress: Progress | None = None) -> Sta
             key=key,
         )
         encode = tokens.load(model.pretrained, max_tokens=model.max_tokens)
+        if encode.vocab_size > text_encoder.vocab_size or encode.pad_id != text_encoder.pad_id:
+            raise pretrained.PretrainedError(
+                f"the tokeniser of {model.pretrained} has {encode.vocab_size} pieces and pads with "
+                f"{encode.pad_id}, but the encoder has {text_encoder.vocab_size} and pads with "
+                f"{text_encoder.pad_id}; take the tokeniser that it was trained with"
+            )
         return StartingPoint(
             datasets.tokenise(loaded, encode),
             dataclasses.replace(text_encoder, dtype=model.dtype),
@@ -102,3 +109,19 @@ def _for_images(encoder: ViTConfig, dataset: Dataset, model: ModelConfig) -> ViT
     same = dataset.image_shape == encoder.image_shape
     source = None if same else dataset.image_shape
     return dataclasses.replace(encoder, source_shape=source, dtype=model.dtype)
+
+
+def _check_kind(loaded: Dataset | RawText, model: ModelConfig) -> None:
+    assert model.pretrained is not None
+    is_text = isinstance(loaded, RawText) or loaded.kind == "text"
+    kind = pretrained.kind(model.pretrained)
+    if (kind == "text") != is_text:
+        raise ConfigError(
+            f"{model.pretrained} is {'a text' if kind == 'text' else 'an image'} encoder, but "
+            f"dataset {loaded.name} holds {'texts' if is_text else 'images'}; choose a checkpoint "
+            "or a dataset of the other kind"
+        )
+    if is_text and model.image_size is not None:
+        raise ConfigError(
+            f"model.image_size is {model.image_size}, but the data are texts; omit it"
+        )

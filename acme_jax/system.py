@@ -91,7 +91,7 @@ def run(
             with session.phase("data and devices"):
                 try:
                     context = make_context(config, session)
-                except ValueError:
+                except (ValueError, OSError):
                     session.abandon()
                     raise
             post = Post()
@@ -162,6 +162,7 @@ def cloud_tier(context: Context, clusters: list[ClusterProfile]) -> Cloud:
         width_adaptive,
         distill.depth_lesson(space, width_adaptive, config.distill.depth),
     )
+    del width_adaptive  # the search has no use for it, but for its memory
     limits = [float(np.min(c.limits)) - context.header_reserve_bytes for c in clusters]
     search = phases.search(context, elastic, max(limits))
     choices = cloud.choose_backbones(search.state, limits, config.search)
@@ -248,8 +249,7 @@ def compute_features(
     Computed once, because the backbone is frozen; in batches of one shape, so that an edge
     compiles once.
     """
-    count, size = inputs.shape[0], context.plan.eval_batch or FEATURE_BATCH
-    size = min(size, FEATURE_BATCH)
+    count, size = inputs.shape[0], min(FEATURE_BATCH, context.eval_batch)
     padding = -count % size
     padded = np.pad(np.asarray(inputs), ((0, padding), *[(0, 0)] * (inputs.ndim - 1)))
     outputs = [

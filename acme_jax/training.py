@@ -58,7 +58,7 @@ def steps_per_epoch(num_samples: int, config: TrainConfig) -> int:
     if config.batch_size > num_samples:
         raise ConfigError(
             f"batch_size is {config.batch_size}, but there are only {num_samples} training "
-            f"images; lower batch_size or raise data.public_train"
+            f"samples; lower batch_size or raise data.public_train"
         )
     if config.batch_size % config.shards:
         raise ConfigError(

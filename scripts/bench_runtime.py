@@ -3,7 +3,7 @@ r"""Latency and memory of exported sub-networks on onnxruntime, beside the cost 
     python scripts/bench_runtime.py [--preset mnist5k] [--pretrained DIR] [--held-out 12] \
         [--rounds 16] [--calls 20] [--out docs/bench_runtime.json]
 
-Needs `pip install 'acme-jax[onnx]'`. Measured is what the cost models describe: the sliced
+Needs `pip install -e '.[onnx]'`. Measured is what the cost models describe: the sliced
 backbone from images to the last hidden state, one image, one thread. Uniform networks are fitted
 to (`acme_jax.profiling`), random per-layer ones are held out. A call that counts is one of many, in
 rounds that visit all networks in a random order; memory is the peak of a fresh process that loads

@@ -3,7 +3,7 @@ r"""Writes the models of a finished run's devices as StableHLO and ONNX, beside 
     python scripts/export_device.py RUN_DIR [--devices 0 3] [--formats stablehlo onnx] \
         [--image-dtype uint8]
 
-Without `--devices` every device of the run. ONNX needs `pip install 'acme-jax[onnx]'`. Each file
+Without `--devices` every device of the run. ONNX needs `pip install -e '.[onnx]'`. Each file
 takes raw inputs at any batch size; `predict.py` in each folder runs it (docs/EXPORT.md).
 """
 
@@ -42,7 +42,9 @@ def find_folders(run_dir: Path, devices: tuple[int, ...]) -> list[Path]:
     """
     if (run_dir / "config.json").exists() and (run_dir / "model.safetensors").exists():
         return [run_dir]
-    found = {int(path.name): path for path in (run_dir / "devices").glob("[0-9]*")}
+    found = {
+        int(path.name): path for path in (run_dir / "devices").glob("*") if path.name.isdigit()
+    }
     if not found:
         raise ModelError(
             f"{run_dir} holds no devices; expected the directory of a finished run, or the folder "

@@ -14,6 +14,7 @@ from typing import Any
 
 import client_tables
 import fed_tables
+import full_size_tables
 import nas_tables
 import runtime_tables
 import scale_tables
@@ -107,6 +108,7 @@ def main() -> None:
         fill(ROOT / "docs" / "FED.md", module.TABLES)
     fill(ROOT / "docs" / "DISTRIBUTED.md", scaling_tables.TABLES)
     fill(ROOT / "docs" / "EXPORT.md", runtime_tables.TABLES)
+    fill(ROOT / "docs" / "MODELS.md", full_size_tables.TABLES)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def test_reordering_permutes_whole_heads_and_neurons():
 
 
 def test_importance_of_less_than_one_batch_is_refused():
-    with pytest.raises(ConfigError, match="batch of 8 images, but the select split has 7"):
+    with pytest.raises(ConfigError, match="batch of 8 samples, but the select split has 7"):
         cloud.measure_importance(PARAMS, IMAGES[:7], LABELS[:7], CONFIG, BATCH)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import json
 
 import pytest
@@ -77,3 +78,17 @@ def test_fingerprint_follows_what_changes_results_and_nothing_else():
         config.compute, num_devices=1, client_chunk=4, compilation_cache="programs"
     )
     assert dataclasses.replace(config, compute=layout).fingerprint() == config.fingerprint()
+
+
+def test_every_preset_is_registered_under_its_name():
+    made = {
+        name
+        for name, value in vars(presets).items()
+        if inspect.isfunction(value)
+        and value.__module__ == presets.__name__
+        and value.__annotations__.get("return") == "Config"
+        and name != "get"
+    }
+    assert made == set(presets.PRESETS)
+    for name, make in presets.PRESETS.items():
+        assert make().preset == name

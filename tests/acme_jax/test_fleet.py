@@ -148,7 +148,7 @@ def test_too_many_devices_for_the_samples_are_refused():
 
 
 def test_too_few_classes_for_the_papers_lists_are_refused():
-    with pytest.raises(ConfigError, match=r"fleet\.distribution 'c3': .*at least 10 classes"):
+    with pytest.raises(ConfigError, match=r"'c3' divides at least 10 classes.*dirichlet or iid"):
         make(pool=make_pool(num_classes=4), num_classes=4)
 
 
@@ -161,3 +161,8 @@ def test_a_device_of_one_class_is_refused_by_its_number():
     """Labels so skewed that some device knows one class only."""
     with pytest.raises(DataError, match=r"device \d+ has samples of one class only"):
         make(distribution="dirichlet", dirichlet_alpha=0.01)
+
+
+def test_iid_of_few_classes_gives_every_device_every_label():
+    devices = make(pool=make_pool(num_classes=4), num_classes=4, distribution="iid")
+    assert all(device.labels == [0, 1, 2, 3] for device in devices)

@@ -218,7 +218,7 @@ def test_package_not_installed(tmp_path, monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(hf_datasets.importlib, "import_module", absent)
-    with pytest.raises(DataError, match=r"needs the package datasets: pip install acme-jax\[hug"):
+    with pytest.raises(DataError, match=r"needs the package datasets: pip install datasets"):
         read_huggingface(make_config(tmp_path))
 
 

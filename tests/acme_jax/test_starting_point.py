@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,18 @@ def test_texts_become_the_ids_of_the_checkpoints_tokeniser(tmp_path):
     ("make", "model", "error", "message"),
     [
         (texts, {}, ConfigError, "holds texts, which need a text encoder .* --model.pretrained"),
-        (images, {"pretrained": "bert"}, PretrainedError, "'bert'.*supported are: vit"),
-        (texts, {"pretrained": "vit"}, PretrainedError, "vit.*supported.*bert|vit.*expected.*bert"),
+        (
+            images,
+            {"pretrained": "bert"},
+            ConfigError,
+            "is a text encoder, but dataset arrays",
+        ),
+        (
+            texts,
+            {"pretrained": "vit"},
+            ConfigError,
+            "is an image encoder, but dataset text",
+        ),
         (images, {"pretrained": "nowhere/at-all"}, PretrainedError, "nowhere/at-all"),
     ],
 )
@@ -88,6 +99,38 @@ def test_what_does_not_fit_together_is_refused(tmp_path, monkeypatch, make, mode
         model = {"pretrained": str(CHECKPOINTS / model["pretrained"])}
     with pytest.raises(error, match=message):
         start(make(tmp_path), **model)
+
+
+def copy_of_bert(tmp_path, change):
+    folder = tmp_path / "copy"
+    shutil.copytree(CHECKPOINTS / "bert", folder)
+    change(folder)
+    return str(folder)
+
+
+def more_pieces(folder):
+    with (folder / "vocab.txt").open("a") as file:
+        file.write("extra\nmore\n")
+
+
+def other_padding(folder):
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"pad_token_id": 5}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(more_pieces, "has 31 pieces .* encoder has 29"), (other_padding, "pads with 5; take the")],
+)
+def test_a_tokeniser_of_another_model_is_refused(tmp_path, change, message):
+    pytest.importorskip("tokenizers")
+    with pytest.raises(PretrainedError, match=message):
+        start(texts(tmp_path), pretrained=copy_of_bert(tmp_path, change), max_tokens=8)
+
+
+def test_an_image_size_for_texts_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.image_size is 24, but the data are texts"):
+        start(texts(tmp_path), pretrained=str(CHECKPOINTS / "bert"), image_size=24)
 
 
 def test_images_of_two_channels_are_refused(tmp_path):
