@@ -47,8 +47,38 @@ class TestSplit(_Split):
     __test__ = False  # not a pytest class
 
 
-class DevicePool(_Split):
-    """Samples to be divided among the devices (`fed.partition`, then `split_device`)."""
+class RowsOnDisk:
+    """Some rows of a memory-mapped file; indexing with an array reads those into memory."""
+
+    def __init__(self, inputs: np.memmap, indices: np.ndarray) -> None:
+        self._inputs, self._indices = inputs, indices
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[n, ...]."""
+        return (len(self._indices), *self._inputs.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Rows by an array of indices or a mask [n]; in memory."""
+        return take_rows(self._inputs, self._indices[rows])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DevicePool:
+    """Samples to be divided among the devices (`fed.partition`, then `split_device`).
+
+    Those of a memory-mapped dataset stay on disk until a device takes its own.
+    """
+
+    inputs: np.ndarray | RowsOnDisk
+    labels: np.ndarray  # [N] int32
+    indices: np.ndarray  # [N] int64, positions in the array that was divided
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 class Splits(NamedTuple):
@@ -117,7 +147,13 @@ def make_splits(dataset: Dataset, config: DataConfig, seed: int) -> Splits:
         TrainSplit(*take(train)),
         SelectSplit(*take(select)),
         TestSplit(*take(test)),
-        DevicePool(*take(pool)),
+        DevicePool(
+            RowsOnDisk(dataset.inputs, pool)
+            if isinstance(dataset.inputs, np.memmap)
+            else dataset.inputs[pool],
+            labels[pool],
+            pool,
+        ),
     )
 
 
