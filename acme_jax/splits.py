@@ -101,9 +101,8 @@ def make_splits(dataset: Dataset, config: DataConfig, seed: int) -> Splits:
     never becomes anything but test data. (A device's own test samples are then held-out
     images of the official training part.)
 
-    Of images that lie in a file (`np.memmap`) the rows of each part are read into memory as the
-    bytes they are, once, in the order of the file; so that the parts together take as much
-    memory as the file takes room (less official test images that no part asked for).
+    Of images that lie in a file (`np.memmap`) the rows of the public parts are read into memory
+    as the bytes they are, once, in the order of the file; the pool's stay in the file.
 
     Args:
       dataset: the images or texts.
