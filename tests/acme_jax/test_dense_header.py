@@ -40,7 +40,7 @@ def check(cell, mask):
     np.testing.assert_array_equal(dense_header.to_mask(DIMS, kept), mask)
     outputs = dense_header.apply(dense, cell, DIMS, kept, jnp.asarray(FEATURES))
     expected = masked(weights, cell, jnp.asarray(mask))
-    # In float64 they agree to 1e-15; a norm of few, nearly equal channels enlarges float32 rounding.
+    # In float64 they agree to 1e-15; a norm of few, nearly equal channels enlarges rounding.
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=2e-4)
     return dense
 
