@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from acme_jax import cloud, concrete, encoders, layout, profiling, training
+from acme_jax import cloud, concrete, layout, profiling, training
 from acme_jax.blocks import Params
 from acme_jax.config import Config, ConfigError
 from acme_jax.encoders import EncoderConfig
@@ -178,7 +178,7 @@ def make_context(config: Config, session: Session) -> Context:
         config=config,
         session=session,
         mesh=mesh,
-        encoder=encoders.replace(encoder, remat=plan.remat),
+        encoder=dataclasses.replace(encoder, remat=plan.remat),
         # On the host, because only the reference phase begins with them.
         pretrained=None if start.params is None else jax.device_get(start.params),
         plan=plan,

@@ -90,11 +90,6 @@ def cast(params: Params, config: EncoderConfig) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
 
 
-def replace(config: EncoderConfig, **fields: Any) -> EncoderConfig:
-    """The configuration with other values of some fields."""
-    return dataclasses.replace(config, **fields)
-
-
 def to_dict(config: EncoderConfig) -> dict[str, Any]:
     """JSON-ready description; `kind` says which encoder it is."""
     kind = next(name for name, cls in _KINDS.items() if isinstance(config, cls))
@@ -119,12 +114,19 @@ def from_dict(plain: dict[str, Any]) -> EncoderConfig:
         raise ValueError(f"not the description of a {kind} encoder: {error}") from None
 
 
-def random_inputs(seed: int, count: int, config: EncoderConfig) -> np.ndarray:
-    """Inputs that mean nothing, to measure with: float images in [0, 1], or token ids unpadded."""
+def random_inputs(config: EncoderConfig, count: int, seed: int = 0) -> np.ndarray:
+    """Inputs that mean nothing, to measure and compare with.
+
+    Returns:
+      float32 images [count, height, width, channels] in [0, 1], or int32 token ids [count, T],
+      padded at the end.
+    """
     rng = np.random.default_rng(seed)
     if isinstance(config, BertConfig):
-        ids = rng.integers(0, config.vocab_size - 1, (count, config.max_tokens))
-        return (ids + (ids >= config.pad_id)).astype(np.int32)
+        ids = rng.integers(0, config.vocab_size, (count, config.max_tokens))
+        lengths = rng.integers(1, config.max_tokens + 1, count)
+        real = np.arange(config.max_tokens)[None] < lengths[:, None]
+        return np.where(real, ids, config.pad_id).astype(np.int32)
     return rng.random((count, *config.input_shape), np.float32)
 
 

@@ -14,14 +14,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax import export as jax_export
 
 from acme_jax import device_folder
 from acme_jax.bert import BertConfig
 from acme_jax.device_model import DeviceModel
-from acme_jax.encoders import EncoderConfig
 from acme_jax.export_onnx import to_onnx
 from acme_jax.onnx_graph import ExportError
 
@@ -109,14 +107,3 @@ def export_folder(
     made = programs(model, formats, input_dtype)
     device_folder.add_programs(Path(directory), made)
     return {name: len(content) for name, content in made.items()}
-
-
-def example(encoder: EncoderConfig, count: int, seed: int = 0) -> np.ndarray:
-    """Random inputs: float32 images in [0, 1], or int32 token ids, padded at the end."""
-    rng = np.random.default_rng(seed)
-    if isinstance(encoder, BertConfig):
-        ids = rng.integers(0, encoder.vocab_size, (count, encoder.max_tokens))
-        lengths = rng.integers(1, encoder.max_tokens + 1, count)
-        real = np.arange(encoder.max_tokens)[None] < lengths[:, None]
-        return np.where(real, ids, encoder.pad_id).astype(np.int32)
-    return rng.random((count, *encoder.input_shape), np.float32)

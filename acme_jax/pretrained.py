@@ -24,7 +24,7 @@ from acme_jax.encoders import EncoderConfig
 from acme_jax.hub import find_directory
 from acme_jax.vit import ViTConfig
 
-__all__ = ["PretrainedError", "load", "load_bert", "load_vit"]
+__all__ = ["PretrainedError", "kind", "load", "load_bert", "load_vit"]
 
 MAX_TOKENS = 128
 

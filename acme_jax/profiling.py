@@ -118,7 +118,7 @@ def measure(
     made = jax.jit(supernet.init, static_argnums=1)(jax.random.key(seed), encoder)
     params = jax.tree.map(np.asarray, made)
     rng = np.random.default_rng(seed)
-    inputs = jnp.asarray(encoders.random_inputs(seed, batch_size, encoder))
+    inputs = jnp.asarray(encoders.random_inputs(encoder, batch_size, seed))
     programs: list[Callable[[], jax.Array]] = []
     count = len(networks.roles)
     for i in range(count):

@@ -31,7 +31,7 @@ import tyro
 
 from acme_jax import (
     concrete,
-    export,
+    encoders,
     export_onnx,
     latency_csv,
     presets,
@@ -131,7 +131,7 @@ def measure_latency(
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     sessions = [onnxruntime.InferenceSession(str(file), options) for file in files]
     rng = np.random.default_rng(seed)
-    sample = export.example(encoder, 1, seed)
+    sample = encoders.random_inputs(encoder, 1, seed)
     feeds = [{session.get_inputs()[0].name: sample} for session in sessions]
     seconds = np.zeros((len(sessions), rounds, calls))
     for round in range(rounds):

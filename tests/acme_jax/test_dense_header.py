@@ -38,10 +38,14 @@ def check(cell, mask):
     dense = dense_header.prune(jax.tree.map(np.asarray, weights), cell, DIMS, kept)
     assert tiny.count(dense) == num_params(DIMS, cell, mask)
     np.testing.assert_array_equal(dense_header.to_mask(DIMS, kept), mask)
-    outputs = dense_header.apply(dense, cell, DIMS, kept, jnp.asarray(FEATURES))
-    expected = masked(weights, cell, jnp.asarray(mask))
-    # In float64 they agree to 1e-15; a norm of few, nearly equal channels enlarges rounding.
-    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=2e-4)
+    # In float64, because a norm of few, nearly equal channels enlarges rounding.
+    with jax.enable_x64(True):
+        wide, sliced = tiny.to_float64(weights), tiny.to_float64(dense)
+        features = jnp.asarray(FEATURES, jnp.float64)
+        outputs = dense_header.apply(sliced, cell, DIMS, kept, features)
+        expected = header.apply(wide, cell, DIMS, features, mask=jnp.asarray(mask, jnp.float64))
+        assert outputs.dtype == jnp.float64
+        np.testing.assert_allclose(outputs, expected, rtol=1e-12, atol=1e-12)
     return dense
 
 

@@ -23,7 +23,7 @@ from small_models import (
     make_parts,
 )
 
-from acme_jax import device_folder, device_model, export, header, slicing, supernet
+from acme_jax import device_folder, device_model, encoders, header, slicing, supernet
 from acme_jax.device_model import ModelError
 from acme_jax.header_layout import num_params
 
@@ -52,7 +52,7 @@ def folder(tmp_path):
 def test_loaded_model_is_the_saved_one_and_needs_only_its_folder(tmp_path, name, cell):
     encoder = ENCODERS[name]
     model = make_model(encoder, cell)
-    inputs = export.example(model.encoder, 7)
+    inputs = encoders.random_inputs(model.encoder, 7)
     device_model.save(model, tmp_path / "run" / "000", {"device": 0})
     (tmp_path / "elsewhere").mkdir()
     shutil.copytree(tmp_path / "run" / "000", tmp_path / "elsewhere" / "mine")
@@ -84,7 +84,7 @@ def test_the_file_holds_the_counted_parameters_and_no_more(folder):
 def test_a_wholly_pruned_header_survives_the_folder(tmp_path):
     model = make_model(kept=0.0)
     device_model.save(model, tmp_path / "000", {})
-    images = export.example(model.encoder, 2)
+    images = encoders.random_inputs(model.encoder, 2)
     loaded = device_model.load(tmp_path / "000")
     np.testing.assert_array_equal(loaded.logits(images), model.logits(images))
 

@@ -12,7 +12,7 @@ import tiny
 from PIL import Image
 from small_models import AVG, ENCODERS, IDENTITY, MAX, PLAIN, SEP1, SEP3, SEP5, WEIGHTED, make_model
 
-from acme_jax import device_folder, device_model, export, tokens
+from acme_jax import device_folder, device_model, encoders, export, tokens
 from acme_jax.export import ExportError
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -58,7 +58,7 @@ def test_onnx_equals_the_model(name, cell, kept):
     model = make_model(ENCODERS[name], cell, kept)
     content = export.to_onnx(model)
     for size in (1, 5):
-        inputs = export.example(model.encoder, size, seed=size)
+        inputs = encoders.random_inputs(model.encoder, size, seed=size)
         np.testing.assert_allclose(
             run_onnx(content, inputs), model.logits(inputs), rtol=1e-4, atol=1e-4
         )
@@ -68,7 +68,7 @@ def test_onnx_grid_with_large_kernels():
     """A grid of which the interior is larger than a kernel, so that padding is not everything."""
     encoder = tiny.ViTConfig((28, 32, 1), 4, 8, 4, 4, 8, 3)
     model = make_model(encoder, EVERYTHING, 0.8)
-    inputs = export.example(model.encoder, 3)
+    inputs = encoders.random_inputs(model.encoder, 3)
     np.testing.assert_allclose(
         run_onnx(export.to_onnx(model), inputs), model.logits(inputs), rtol=1e-4, atol=1e-4
     )
@@ -97,7 +97,7 @@ def test_stablehlo_in_a_fresh_process_without_the_package(tmp_path):
         (tmp_path / number).mkdir()
         made = export.programs(model, ("stablehlo",))
         (tmp_path / number / "model.stablehlo").write_bytes(made["model.stablehlo"])
-        np.save(tmp_path / number / "inputs.npy", export.example(model.encoder, 5))
+        np.save(tmp_path / number / "inputs.npy", encoders.random_inputs(model.encoder, 5))
     (tmp_path / "blocked.py").write_text(BLOCKED)
     done = run_python("-I", "blocked.py", *models, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -117,7 +117,7 @@ def test_predict_script_alone(tmp_path, name, format):
     folder = tmp_path / "mine"
     device_model.save(model, folder, {})
     export.export_folder(folder, [format])
-    inputs = export.example(model.encoder, 4)
+    inputs = encoders.random_inputs(model.encoder, 4)
     np.save(tmp_path / "inputs.npy", inputs)
     done = run_python("-I", folder / "predict.py", "inputs.npy", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
