@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from acme_jax import cloud, distill, encoders, phases, refine, slicing, supernet
+from acme_jax import cloud, encoders, phases, refine, slicing
 from acme_jax.blocks import Params
 from acme_jax.cloud import Choice
 from acme_jax.config import Config
-from acme_jax.context import Context, Stream, make_context, proxy_indices
+from acme_jax.context import Context, make_context, proxy_indices
 from acme_jax.device import Mixing
 from acme_jax.encoders import EncoderConfig
 from acme_jax.fleet import REFERENCE_PROFILE, Device, edge_devices
@@ -36,6 +36,7 @@ from acme_jax.progress import Reporter, stop_on_signals
 from acme_jax.results import finish
 from acme_jax.run_dir import RunDirectory
 from acme_jax.session import Session
+from acme_jax.supernet_training import train_stages
 from fed.clients import ClientData, stack_clients
 
 FEATURE_BATCH = 500
@@ -128,54 +129,13 @@ def register_devices(context: Context, post: Post) -> list[ClusterProfile]:
 
 def cloud_tier(context: Context, clusters: list[ClusterProfile]) -> Cloud:
     """Reference model, reordering, width and depth distillation, Pareto search, choice."""
-    config, encoder, public = context.config, context.encoder, context.public
-    reference = phases.train(
-        context,
-        "reference model",
-        config.reference,
-        phases.compiled_epoch(context, distill.reference_grad(encoder), config.reference),
-        Stream.REFERENCE,
-        initial_params(context),
-    )
-    with context.session.phase("importance"):
-        reorder = jax.jit(cloud.reorder_by_importance, static_argnums=3)
-        reference = reorder(reference, public.select_inputs, public.select_labels, encoder)
-    space = context.space
-    grad_fn = distill.distillation_grad(encoder, space, config.distill.depths_per_step)
-    # One program for both distillation phases: they differ in traced values only.
-    epoch = phases.compiled_epoch(context, grad_fn, config.distill.depth)
-    width_adaptive = phases.train(
-        context,
-        "width distillation",
-        config.distill.width,
-        epoch,
-        Stream.WIDTH,
-        reference,
-        distill.width_lesson(space, reference, config.distill.width),
-    )
-    elastic = phases.train(
-        context,
-        "depth distillation",
-        config.distill.depth,
-        epoch,
-        Stream.DEPTH,
-        width_adaptive,
-        distill.depth_lesson(space, width_adaptive, config.distill.depth),
-    )
-    del width_adaptive  # the search has no use for it, but for its memory
+    stages = train_stages(context)
+    reference, elastic = stages.reordered, stages.elastic
+    del stages  # the search has no use for the other weights, but for their memory
     limits = [float(np.min(c.limits)) - context.header_reserve_bytes for c in clusters]
     search = phases.search(context, elastic, max(limits))
-    choices = cloud.choose_backbones(search.state, limits, config.search)
+    choices = cloud.choose_backbones(search.state, limits, context.config.search)
     return Cloud(reference, elastic, search, choices, limits)
-
-
-def initial_params(context: Context) -> Params:
-    """The full network before its reference phase: pretrained, or drawn at random."""
-    if context.pretrained is not None:
-        return context.pretrained
-    init = jax.jit(supernet.init, static_argnums=1)
-    params: Params = init(context.stream(Stream.INIT), context.encoder)
-    return params
 
 
 def edge_tier(
