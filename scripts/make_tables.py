@@ -8,7 +8,6 @@ A table stands between `<!-- table:NAME -->` and `<!-- end -->`; nothing there i
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import client_tables
 import fed_tables
 import full_size_tables
 import nas_tables
+import page
 import runtime_tables
 import scale_tables
 import scaling_tables
@@ -86,18 +86,12 @@ MAIN_TABLES: nas_tables.Tables = {
 
 
 def fill(path: Path, tables: nas_tables.Tables) -> None:
-    """Fills every table of one page; each must have exactly one place there."""
-    text = path.read_text()
-    for name, (source, table) in tables.items():
-        body = "\n".join(table(json.loads((ROOT / "docs" / source).read_text())))
-        pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
-        parts = re.split(pattern, text, flags=re.S)
-        if len(parts) != 4:
-            raise SystemExit(
-                f"{path.name} has {len(parts) // 3} places for table {name}, expected one"
-            )
-        text = f"{parts[0]}{parts[1]}{body}\n{parts[2]}{parts[3]}"
-    path.write_text(text)
+    """Fills every table of one page from the JSON in docs/."""
+    made = {
+        name: table(json.loads((ROOT / "docs" / source).read_text()))
+        for name, (source, table) in tables.items()
+    }
+    page.fill(path, made)
 
 
 def main() -> None:

@@ -1,0 +1,99 @@
+"""Writes the tables and pictures of docs/RESULTS.md from the committed JSON of the experiments.
+
+    python scripts/make_results.py [--dataset fashion_mnist]
+
+The JSON is what `scripts/reproduce.py ... --out docs/results` writes. Each experiment has a module
+`results_EXPERIMENT` with TABLES, FIGURES and `claims`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import page
+import tyro
+from results_claims import Claim
+
+from acme_jax.experiments.registry import EXPERIMENTS
+from acme_jax.plot_style import RC
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to make."""
+
+    dataset: str = "fashion_mnist"
+    results: Path = DOCS / "results"
+    """Where the JSON lies and the pictures go."""
+    page: Path = DOCS / "RESULTS.md"
+    """With a place for every table."""
+
+
+def load(directory: Path, experiment: str, dataset: str) -> dict[str, Any]:
+    """One experiment's document.
+
+    Raises:
+      SystemExit: it is not there; says how to make it.
+    """
+    path = directory / f"{experiment}-{dataset}.json"
+    if not path.exists():
+        raise SystemExit(
+            f"error: {path} is missing; make it: python scripts/reproduce.py {experiment} "
+            f"--dataset {dataset} --out {directory}"
+        )
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def source(document: dict[str, Any]) -> list[str]:
+    """How one experiment's numbers came about."""
+    commits = ", ".join(
+        ("changed after " if "-dirty" in commit else "") + commit[:9]
+        for commit in document["commits"]
+    )
+    hardware = document["hardware"]
+    return [
+        f"`{document['command']}`, {document['date']}, commit {commits}, "
+        f"{document['seconds'] / 60 / len(document['seeds']):.1f} minutes a seed (the supernet's "
+        f"training apart) on {hardware['cpu_cores']} cores of {hardware['cpu']}, JAX "
+        f"{document['versions']['jax']}."
+    ]
+
+
+def claims_table(claims: list[Claim]) -> list[str]:
+    """Every claim beside what was measured."""
+    return [
+        "| claim | paper | here | verdict |",
+        "|---|---|---|---|",
+        *(f"| {c.claim} | {c.paper} | {c.ours} | **{c.verdict}** |" for c in claims),
+    ]
+
+
+def main() -> None:
+    """Fills the page and draws every picture."""
+    arguments = tyro.cli(Arguments)
+    tables: dict[str, list[str]] = {}
+    claims: list[Claim] = []
+    for name in EXPERIMENTS:
+        document = load(arguments.results, name, arguments.dataset)
+        module = importlib.import_module(f"results_{name}")
+        tables[f"{name}_source"] = source(document)
+        tables |= {title: table(document) for title, table in module.TABLES.items()}
+        claims += module.claims(document)
+        for title, draw in module.FIGURES.items():
+            with mpl.rc_context(RC):
+                path = arguments.results / f"{title}.png"
+                draw(document).savefig(path, dpi=110, metadata={"Software": None})
+    tables["claims"] = claims_table(claims)
+    page.fill(arguments.page, tables)
+
+
+if __name__ == "__main__":
+    main()
