@@ -12,8 +12,9 @@ import tiny
 
 from acme_jax import device, header, header_slots
 from acme_jax.config import RefineConfig
-from acme_jax.device import DeviceState, Downlink, EdgeState
+from acme_jax.device import DeviceState, EdgeState
 from acme_jax.header_layout import HeaderDims
+from acme_jax.importance_rounds import Downlink
 from fed import similarity
 from fed.clients import Batch, ClientData, replicate, stack_clients
 from fed.simulate import run_round
