@@ -42,6 +42,7 @@ class DeviceState(NamedTuple):
     smoothed: Array  # [G] the smoothed personalised importance
     rounds: Array  # [] int32, the edge's number of the last set received; 0: none yet
     prune_per_round: Array  # [] int32, N; 0 is the baseline without pruning
+    min_gates: Array  # [] int32, where pruning ends: N is lowered so that this many stay open
 
 
 class LocalState(NamedTuple):
@@ -77,8 +78,9 @@ def receive(state: DeviceState, personalized: Array, config: RefineConfig) -> De
     first = state.rounds == 0
     blended = config.smoothing * state.smoothed + (1.0 - config.smoothing) * personalized
     smoothed = jnp.where(first, personalized, blended) * state.mask
+    spare = jnp.sum(state.mask != 0, dtype=jnp.int32) - state.min_gates
     return state._replace(
-        mask=prune_lowest(smoothed, state.mask, state.prune_per_round),
+        mask=prune_lowest(smoothed, state.mask, jnp.minimum(state.prune_per_round, spare)),
         smoothed=smoothed,
         rounds=state.rounds + 1,
     )

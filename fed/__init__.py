@@ -10,23 +10,37 @@ import importlib
 from types import ModuleType
 
 __all__ = [
+    "adaptive_coding",
     "aggregate",
     "algorithm",
     "algorithms",
     "arrivals",
     "buckets",
     "chunks",
+    "cka",
     "clients",
+    "coding_sizes",
     "errors",
+    "gmm",
+    "hessian_spectrum",
+    "kde",
+    "kde_device",
+    "kde_edge",
+    "kde_fit",
+    "label_skew",
     "mapped",
     "multihost",
     "participation",
     "partition",
+    "range_coder",
     "similarity",
     "simulate",
     "sources",
     "stream",
     "traffic",
+    "transport",
+    "tri_matrix",
+    "unit_dropout",
 ]
 
 

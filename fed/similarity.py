@@ -125,7 +125,7 @@ def pairwise_js(samples: jax.Array, *, num_bins: int = 32) -> jax.Array:
     values = _sorted(samples.astype(jnp.float32))
     masses = _bin_masses(jnp.moveaxis(values, 2, 1), num_bins)
     num_clients, num_dims, _ = masses.shape
-    total = pairwise_sum(masses.reshape(num_clients, -1), _js_term)
+    total = pairwise_sum(masses.reshape(num_clients, -1), js_term)
     return jnp.maximum(total / num_dims, 0.0)
 
 
@@ -209,8 +209,13 @@ def _bin_masses(values: jax.Array, num_bins: int) -> jax.Array:
     return jnp.maximum(jnp.diff(distribution, axis=2), 0.0)
 
 
-def _js_term(own: jax.Array, other: jax.Array) -> jax.Array:
-    """What one bin adds to the divergence of two distributions; exactly 0 for equal masses."""
+def js_term(own: jax.Array, other: jax.Array) -> jax.Array:
+    """What one bin adds to the Jensen-Shannon divergence in nats; exactly 0 for equal masses.
+
+    Args:
+      own: float32 [...], masses of one distribution; elementwise.
+      other: those of the other one, of the same shape.
+    """
     tiny = jnp.finfo(jnp.float32).tiny  # 0 log 0 = 0
     mixture = jnp.maximum(0.5 * (own + other), tiny)
     # Ordered, because a fused multiply-add rounds one of the two products and not the other.

@@ -87,10 +87,25 @@ def devices(
       fleet: the devices, in the order of their rows.
       evaluate: of devices that are completely trained.
     """
-    rows = []
-    for device in fleet:
-        inputs = device.test.inputs
-        if backbone is not None:
-            inputs, _ = compute_features(study.context, backbone, inputs)
-        rows.append((inputs, device.test.labels))
+    if backbone is None:
+        return devices_with(lambda place, inputs: inputs, fleet, evaluate)
+    return devices_with(
+        lambda place, inputs: compute_features(study.context, backbone, inputs)[0], fleet, evaluate
+    )
+
+
+def devices_with(
+    prepare: Callable[[int, np.ndarray], np.ndarray], fleet: Sequence[Device], evaluate: Evaluate
+) -> np.ndarray:
+    """As `devices`, where every device has features of its own.
+
+    Args:
+      prepare: (place in the fleet, raw inputs [N, ...]) -> what `evaluate` sees [N, ...].
+      fleet: the devices, in the order of their rows.
+      evaluate: of devices that are completely trained.
+    """
+    rows = [
+        (prepare(place, device.test.inputs), device.test.labels)
+        for place, device in enumerate(fleet)
+    ]
     return np.asarray(evaluate(stack_clients(rows)), np.float64)
