@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from acme_jax.methods import acme, controls
+from acme_jax.methods import acme, acme_kde, controls, feddhad
 from acme_jax.methods.method import Method, MethodError
 
 METHODS: dict[str, Method] = {
@@ -16,6 +16,9 @@ METHODS: dict[str, Method] = {
         controls.FEDROLEX,
         controls.SMALLEST,
         acme.METHOD,
+        acme_kde.METHOD,
+        feddhad.FEDDH,
+        feddhad.FEDAD,
     )
 }
 
