@@ -7,3 +7,7 @@ class PartitionError(ValueError):
 
 class ClientError(RuntimeError):
     """A client's own function failed; the message names the client and the step."""
+
+
+class SegmentError(ValueError):
+    """A coded message that cannot be trusted: damaged, out of order, or of another stream."""
