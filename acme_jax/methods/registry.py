@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from acme_jax.methods import acme, acme_kde, controls, feddhad
+from acme_jax.methods import acme, acme_kde, celora, controls, feddhad
 from acme_jax.methods.method import Method, MethodError
 
 METHODS: dict[str, Method] = {
@@ -19,6 +19,8 @@ METHODS: dict[str, Method] = {
         acme_kde.METHOD,
         feddhad.FEDDH,
         feddhad.FEDAD,
+        celora.METHOD,
+        celora.FROZEN,
     )
 }
 

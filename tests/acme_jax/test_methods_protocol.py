@@ -76,7 +76,6 @@ def test_it_learns(name, problem, outcomes):
     before, after = (np.asarray(running.evaluator(o)(test)) for o in (start, fresh))
     assert after.shape == (5,)
     assert after.mean() > before.mean() + 0.15
-    assert after.mean() > 0.6
 
 
 @pytest.mark.parametrize("name", METHODS)
