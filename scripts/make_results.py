@@ -1,4 +1,4 @@
-"""Writes the tables and pictures of docs/RESULTS.md from the committed JSON of the experiments.
+"""Writes the tables and pictures of docs/RESULTS.md and docs/METHODS.md from committed JSON.
 
     python scripts/make_results.py [--dataset fashion_mnist]
 
@@ -32,8 +32,8 @@ class Arguments:
     dataset: str = "fashion_mnist"
     results: Path = DOCS / "results"
     """Where the JSON lies and the pictures go."""
-    page: Path = DOCS / "RESULTS.md"
-    """With a place for every table."""
+    pages: Path = DOCS
+    """Directory of RESULTS.md and METHODS.md, with a place for every table."""
 
 
 def load(directory: Path, experiment: str, dataset: str) -> dict[str, Any]:
@@ -77,13 +77,15 @@ def claims_table(claims: list[Claim]) -> list[str]:
 
 
 def main() -> None:
-    """Fills the page and draws every picture."""
+    """Fills the pages and draws every picture."""
     arguments = tyro.cli(Arguments)
-    tables: dict[str, list[str]] = {}
+    results: dict[str, list[str]] = {}
+    methods: dict[str, list[str]] = {}
     claims: list[Claim] = []
     for name in EXPERIMENTS:
         document = load(arguments.results, name, arguments.dataset)
         module = importlib.import_module(f"results_{name}")
+        tables = methods if name == "methods" else results
         tables[f"{name}_source"] = source(document)
         tables |= {title: table(document) for title, table in module.TABLES.items()}
         claims += module.claims(document)
@@ -91,8 +93,9 @@ def main() -> None:
             with mpl.rc_context(RC):
                 path = arguments.results / f"{title}.png"
                 draw(document).savefig(path, dpi=110, metadata={"Software": None})
-    tables["claims"] = claims_table(claims)
-    page.fill(arguments.page, tables)
+    results["claims"] = claims_table(claims)
+    page.fill(arguments.pages / "RESULTS.md", results)
+    page.fill(arguments.pages / "METHODS.md", methods)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ EXPERIMENTS = (
     "traffic",
     "ablations",
     "whole_system",
+    "methods",
 )
 """Modules of this package; each has an `EXPERIMENT`. In the order of docs/RESULTS.md."""
 

@@ -1,4 +1,4 @@
-"""All methods on the same devices: the experiment behind `scripts/compare_methods.py`.
+"""All federated methods on the same devices: the experiment behind `scripts/compare_methods.py`.
 
 Devices have four budgets: their frozen backbones are the supernet's sub-networks of a quarter, a
 half, three quarters and all of depth and width, and they hold as much of the header. All backbones
