@@ -30,7 +30,8 @@ def _full_flops(problem: Problem) -> np.ndarray:
     return np.full(problem.num_clients, 3 * problem.header.flops())
 
 
-def _own_flops(problem: Problem) -> np.ndarray:
+def own_flops(problem: Problem) -> np.ndarray:
+    """[C] FLOPs of training the sub-header that a client can hold on one sample."""
     return np.asarray([3 * problem.header.flops(float(c)) for c in problem.capacities])
 
 
@@ -46,7 +47,6 @@ def shared_logits(problem: Problem) -> Any:
 
 def build_local(problem: Problem) -> Built:
     """Each client trains the sub-header that it can hold, from the start that all share."""
-    masks = prefix_masks(problem.header, problem.capacities)
     loss = problem.loss()
 
     def own_loss(params: Any, batch: Any, key: Array) -> Any:
@@ -58,14 +58,20 @@ def build_local(problem: Problem) -> Built:
         del server, row
         return problem.header.logits(jax.tree.map(jnp.multiply, *client), features)
 
-    start = replicate(problem.start, problem.num_clients)
-    # The mask stands beside the weights; it gets no gradient, and weight decay is none of its.
-    optimizer = _first_only(problem.schedule.optimizer())
-    return Built(local(own_loss, optimizer), (), (start, masks), logits, _own_flops(problem))
+    optimizer = weights_only(problem.schedule.optimizer())
+    return Built(
+        local(own_loss, optimizer), (), masked_clients(problem), logits, own_flops(problem)
+    )
 
 
-def _first_only(optimizer: Any) -> Any:
-    """The optimiser on the first of two trees; the second stays as it is."""
+def masked_clients(problem: Problem) -> tuple[Params, Params]:
+    """States of clients with sub-headers: weights and masks, leaves [C, ...]."""
+    masks = prefix_masks(problem.header, problem.capacities)
+    return replicate(problem.start, problem.num_clients), masks
+
+
+def weights_only(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimiser on weights; the mask beside them stays, without weight decay either."""
     return optax.multi_transform(
         {"train": optimizer, "keep": optax.set_to_zero()}, ("train", "keep")
     )
@@ -148,7 +154,7 @@ def build_fedrolex(problem: Problem) -> Built:
         return held(update.params, mask)
 
     server = algorithm.server_init(problem.start)
-    return Built(algorithm, server, (), logits, _own_flops(problem), down, up)
+    return Built(algorithm, server, (), logits, own_flops(problem), down, up)
 
 
 def held(params: Any, mask: Any) -> list[np.ndarray]:

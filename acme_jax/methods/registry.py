@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from acme_jax.methods import acme, acme_kde, celora, controls, feddhad
+from acme_jax.methods import acme, acme_kde, celora, controls, feddhad, fedvtc, pa3dfl
 from acme_jax.methods.method import Method, MethodError
 
 METHODS: dict[str, Method] = {
@@ -21,6 +21,8 @@ METHODS: dict[str, Method] = {
         feddhad.FEDAD,
         celora.METHOD,
         celora.FROZEN,
+        fedvtc.METHOD,
+        pa3dfl.METHOD,
     )
 }
 
