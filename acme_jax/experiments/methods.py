@@ -7,6 +7,7 @@ have the same width of features, so one header can be averaged across them.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -55,11 +56,14 @@ def run(study: Study, unit: str) -> list[Row]:
     context = study.context
     fleet = study.fleet(num_edges=1, devices_per_edge=NUM_DEVICES, **DISTRIBUTIONS[unit])
     backbones = [study.backbone(study.point(c, c).arch) for c in CAPACITIES]
-    data = stack_clients(
-        [
-            (pooled(study, backbones[i % len(backbones)], d.train.inputs), d.train.labels)
-            for i, d in enumerate(fleet)
-        ]
+    data = _padded(
+        stack_clients(
+            [
+                (pooled(study, backbones[i % len(backbones)], d.train.inputs), d.train.labels)
+                for i, d in enumerate(fleet)
+            ]
+        ),
+        study.config,
     )
     header = MlpHeader(int(data.inputs.shape[2]), NUM_HIDDEN, context.encoder.num_classes)
     public = _public(study, backbones)
@@ -93,10 +97,24 @@ def run(study: Study, unit: str) -> list[Row]:
                 "down_bytes": float(outcome.down_bytes.mean()),
                 "device_flops": float(outcome.flops.mean()),
                 "seconds": outcome.seconds,
+                "num_devices": len(fleet),
                 "serves_capacities": method.serves_capacities,
             }
         )
     return rows
+
+
+def _padded(data: ClientData, config: Config) -> ClientData:
+    """One length for all distributions and seeds, so that they share compiled programs."""
+    fleet = config.fleet
+    # Rounded for each label, at most ten of which a device has.
+    longest = math.ceil(fleet.samples_per_device * (1.0 - fleet.test_fraction)) + 10
+    extra = max(longest - data.labels.shape[1], 0)
+    return ClientData(
+        jnp.pad(data.inputs, ((0, 0), (0, extra), (0, 0))),
+        jnp.pad(data.labels, ((0, 0), (0, extra))),
+        data.size,
+    )
 
 
 def _test(
