@@ -23,8 +23,8 @@ EMBEDDING = 8
 HIDDEN = (32, 32)
 SPREAD = 0.01
 """Clients begin this near to the start that all methods share."""
-SERVER_OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
-"""The specification has none; Adam of 1e-3 was worse than training alone on a toy problem."""
+SERVER_OPTIMIZER = optax.adam(1e-3)
+"""As the specification has it; on the digits, where this was chosen, larger steps diverge."""
 
 
 def build(problem: Problem) -> Built:
