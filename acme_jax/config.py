@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args, get_type_hints
 Distribution = Literal["iid", "c2", "c3", "c4", "dirichlet"]
 SelectionRule = Literal["paper", "trade_off", "nearest_ideal", "lowest_error"]
 Similarity = Literal["flat", "per_dimension", "sliced"]
+ImportanceFormat = Literal["float32", "log8", "log4", "log2"]
+SketchFormat = Literal["float16", "linear8", "linear4"]
 DType = Literal["float32", "bfloat16"]
 DatasetName = Literal[
     "mnist5k",
@@ -339,6 +341,9 @@ class RefineConfig:
     """The device-edge loop: local training, importance sets, pruning."""
 
     rounds: int = 10
+    local_epochs: int = 1
+    """Passes over a device's own samples in a round, between one exchange and the next. Half the
+    rounds with twice the epochs and twice the N train and prune as much for half the messages."""
     batch_size: int = 16
     learning_rate: float = 0.02
     momentum: float = 0.5
@@ -356,11 +361,24 @@ class RefineConfig:
     """Weight of the past in the device's smoothed importance."""
     num_quantiles: int = 32
     """Quantiles per feature in the distribution sketch."""
+    importance_format: ImportanceFormat = "float32"
+    """How importance sets travel, up and down: as they are, or as logarithms in 8, 4 or 2 bits
+    (zero stays zero). Devices and edges compute with what they read."""
+    sketch_format: SketchFormat = "float16"
+    """How the sketch travels: as float16, or in 8 or 4 bits on one linear scale."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "similarity", Similarity)
+        _check_choice(self, "importance_format", ImportanceFormat)
+        _check_choice(self, "sketch_format", SketchFormat)
         _check_positive(
-            self, "rounds", "batch_size", "learning_rate", "temperature", "num_quantiles"
+            self,
+            "rounds",
+            "local_epochs",
+            "batch_size",
+            "learning_rate",
+            "temperature",
+            "num_quantiles",
         )
         _check(self.prune_per_round >= 0, "RefineConfig.prune_per_round must not be negative")
         _check(

@@ -82,6 +82,7 @@ def init_device(
         smoothed=cast(Any, np.zeros_like(mask)),
         rounds=cast(Any, np.int32(0)),
         prune_per_round=cast(Any, np.int32(prune_per_round)),
+        min_gates=cast(Any, np.int32(0)),
     )
 
 

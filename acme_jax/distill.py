@@ -26,6 +26,8 @@ from nas.arch import ArchSpace, keep_mask
 LABEL_SMOOTHING = 0.1
 """Of the reference model only: softer teachers transfer more."""
 
+Apply = Callable[[Params, Array, EncoderConfig], supernet.Outputs]
+
 
 class Lesson(NamedTuple):
     """What a distillation phase teaches. All traced: both phases share one program."""
@@ -86,11 +88,16 @@ def hidden_state_loss(student: supernet.Outputs, teacher: supernet.Outputs, keep
     return jnp.sum(jnp.where(keep, per_block, 0.0)) + final
 
 
-def reference_grad(config: EncoderConfig) -> GradFn:
-    """Cross-entropy of the full network; the phase's `lesson` is unused."""
+def reference_grad(config: EncoderConfig, apply: Apply = supernet.apply) -> GradFn:
+    """Cross-entropy of a network alone; the phase's `lesson` is unused.
+
+    Args:
+      config: static sizes of the full network.
+      apply: (params, inputs, config) -> outputs; of the full network unless said otherwise.
+    """
 
     def loss_fn(params: Params, inputs: Array, labels: Array) -> tuple[Array, Array]:
-        logits = supernet.apply(params, inputs, config).logits
+        logits = apply(params, inputs, config).logits
         targets = optax.smooth_labels(jax.nn.one_hot(labels, config.num_classes), LABEL_SMOOTHING)
         loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
         return loss, jnp.mean(jnp.argmax(logits, -1) == labels)

@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from acme_jax import device, header_layout, messages
+from acme_jax import device, header_layout, messages, number_formats
 from acme_jax.blocks import Params
 from acme_jax.config import ConfigError, RefineConfig
 from acme_jax.header_layout import HeaderDims
@@ -104,14 +104,18 @@ def traffic(setup: FleetSetup, params: Params) -> Traffic:
       setup: of the fleet.
       params: of the header, in compact form.
     """
-    gates = np.zeros(setup.num_gates, np.float32)
-    sketch = np.zeros((setup.config.num_quantiles, setup.dims.embed_dim), np.float16)
+    config = setup.config
+    gates = number_formats.importance(
+        np.zeros(setup.num_gates, np.float32), config.importance_format
+    )
+    quantiles = np.zeros((config.num_quantiles, setup.dims.embed_dim), np.float32)
+    sketch = number_formats.sketch(quantiles, config.sketch_format)
     down_once = messages.HeaderMessage(setup.cell, jax.tree.map(np.asarray, params))
 
     def size(message: messages.Message) -> int:
         return len(messages.encode(message))
 
-    rounds = setup.config.rounds
+    rounds = config.rounds
     return Traffic(
         size(messages.FeatureSketch(sketch)) + rounds * size(messages.ImportanceSet(gates)),
         size(down_once) + rounds * size(messages.PersonalizedImportance(gates)),
@@ -123,7 +127,7 @@ def refine_edge(
 ) -> DeviceResults:
     """All rounds of one edge's devices; pure.
 
-    As `acme_jax.refine` with the method `wasserstein`: sketches go up as float16, weights come
+    As `acme_jax.refine` with the method `wasserstein`: sketches go up, weights come
     from their distances, every round trains locally, mixes importances and prunes, and the last
     personalised sets are applied. The sketch is of each sample's mean token, because the cache
     has no class token.
@@ -138,7 +142,10 @@ def refine_edge(
     dims, cell, config = setup.dims, setup.cell, setup.config
     edge = EdgeData(*(part._replace(inputs=part.inputs.astype(jnp.float32)) for part in edge))
     count = edge.train.size.shape[0]
+    bits = number_formats.IMPORTANCE_BITS[config.importance_format]
     algorithm = device.refinement(dims, config, cell=cell)
+    if bits != number_formats.EXACT_BITS:
+        algorithm = number_formats.importance_as_read((bits,) * count)(algorithm)
     start = _initial_device(setup, shared.params)
     states = replicate(start, count)
     evaluate = functools.partial(
@@ -149,7 +156,7 @@ def refine_edge(
     def sketch(inputs: Array, size: Array) -> Array:
         rows = inputs.mean(axis=1)
         quantiles = similarity.quantile_sketch(rows, config.num_quantiles, size=size)
-        return quantiles.astype(jnp.float16).astype(jnp.float32)  # as it travels
+        return number_formats.sketch_as_read(quantiles, config.sketch_format)
 
     sketches = jax.vmap(sketch)(edge.train.inputs, edge.train.size)
     mixing = device.mixing_weights(sketches, edge.train.size, sketch_key, config)
@@ -163,7 +170,7 @@ def refine_edge(
         num_rounds=config.rounds,
         client_ids=number * count + jnp.arange(count, dtype=jnp.int32),
         batch_size=config.batch_size,
-        epochs=1,
+        epochs=config.local_epochs,
         chunk_size=chunk_size,
     )
     receive = functools.partial(device.receive, config=config)

@@ -57,6 +57,7 @@ __all__ = [
     "apply_shared",
     "extract",
     "gate_layout",
+    "gather",
     "init",
     "init_linear",
     "init_shared",
@@ -83,11 +84,16 @@ def init_shared(key: jax.Array, dims: HeaderDims) -> Params:
 
 def apply_shared(params: Params, cell: Cell, dims: HeaderDims, features: jax.Array) -> jax.Array:
     """Logits [B, num_classes] of the supernet with a traced cell; features [B, T, D]."""
+    return header_slots.apply(gather(params, cell, dims), cell, dims, features)
+
+
+def gather(shared: Params, cell: Cell, dims: HeaderDims) -> Params:
+    """The weights that a traced cell uses, in the uniform form of `acme_jax.header_slots`."""
     nodes, codes = cell.inputs.reshape(-1), cell.ops.reshape(-1)  # [S] each
     which = jnp.argmax(jnp.asarray(list(KERNEL_SIZES))[None] == codes[:, None], axis=1)
     slots = jnp.arange(2 * dims.blocks)
-    ops = {name: leaf[:, slots, nodes, which] for name, leaf in params["ops"].items()}
-    return header_slots.apply({**params, "ops": ops}, cell, dims, features)
+    ops = {name: leaf[:, slots, nodes, which] for name, leaf in shared["ops"].items()}
+    return {**shared, "ops": ops}
 
 
 def extract(shared: Params, cell: StaticCell, dims: HeaderDims) -> Params:

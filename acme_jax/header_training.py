@@ -61,7 +61,7 @@ class PolicyPrograms(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def header_programs(dims: HeaderDims, config: HeaderConfig, linear: bool) -> HeaderPrograms:
     """Initialisation, one epoch and accuracy of the supernet or of the linear header."""
-    optimizer = _optimizer()
+    optimizer = make_optimizer()
 
     def predict(params: Params, choice: Any, features: jax.Array) -> jax.Array:
         if linear:
@@ -137,10 +137,10 @@ def policy_programs(dims: HeaderDims, config: HeaderConfig) -> PolicyPrograms:
 @jax.jit
 def restart(params: Params) -> TrainState:
     """Training state at step 0 from given weights."""
-    return TrainState(params, _optimizer().init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, make_optimizer().init(params), jnp.zeros((), jnp.int32))
 
 
-def _optimizer() -> optax.GradientTransformation:
+def make_optimizer() -> optax.GradientTransformation:
     """AdamW without its learning rate, which the epoch program applies."""
     return optax.chain(
         optax.clip_by_global_norm(CLIP_NORM),

@@ -14,10 +14,11 @@ Wire format, little-endian, equal messages give equal bytes:
 
   magic "ACME" | version u8 | kind u8 | header length u32 | header | arrays | CRC-32 u32
 
-The header is compact JSON: the list of the record's fields. Integers stand there themselves;
-an array is a string of dtype and shape ("f4:3,32") and its raw bytes follow the header in the
-same order (dictionaries by sorted key). This module is no security boundary: the checksum
-finds accidents, not attackers.
+The header is compact JSON: the list of the record's fields, as `acme_jax.message_trees` writes
+them; the bytes of arrays follow it in the same order (dictionaries by sorted key). Importances
+and sketches may travel in few bits (`acme_jax.number_formats`); that is another kind of array, not
+another kind of message. This module is no security boundary: the checksum finds accidents, not
+attackers.
 """
 
 from __future__ import annotations
@@ -26,15 +27,33 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
+from acme_jax.message_trees import MessageError, Reader, pack
+from acme_jax.number_formats import CodedArray, Scheme
 from nas.arch import Arch
 from nas.cost import DeviceProfile
+
+__all__ = [
+    "KINDS",
+    "BackboneMessage",
+    "ClusterProfile",
+    "DeviceProfileMessage",
+    "FeatureSketch",
+    "HeaderMessage",
+    "ImportanceSet",
+    "Message",
+    "MessageError",
+    "PersonalizedImportance",
+    "centralized_baseline",
+    "decode",
+    "encode",
+    "kind",
+]
 
 Params = Any
 """A parameter pytree: nested dictionaries (string keys), lists and tuples of arrays."""
@@ -43,20 +62,6 @@ MAGIC = b"ACME"
 VERSION = 1
 _PREFIX = struct.Struct("<4sBBI")
 _CHECKSUM = struct.Struct("<I")
-_DTYPES = {
-    code: np.dtype(dtype)
-    for code, dtype in {
-        "b1": np.bool_,
-        **{f"{letter}{size}": f"{letter}{size}" for letter in "iu" for size in (1, 2, 4, 8)},
-        **{f"f{size}": f"f{size}" for size in (2, 4, 8)},
-        "bf2": jnp.bfloat16,
-    }.items()
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-
-
-class MessageError(ValueError):
-    """Bytes that are no message, or a record that cannot be sent; says what is wrong."""
 
 
 class DeviceProfileMessage(NamedTuple):
@@ -99,22 +104,22 @@ class HeaderMessage(NamedTuple):
 class FeatureSketch(NamedTuple):
     """Device to edge, once: the distribution of its features, not the features."""
 
-    quantiles: ArrayLike
-    """float16 [Q, D]: Q quantiles of each of the D features."""
+    quantiles: ArrayLike | CodedArray
+    """float16 [Q, D], or linear codes: Q quantiles of each of the D features."""
 
 
 class ImportanceSet(NamedTuple):
     """Device to edge, each round: the importance of every gate of its header."""
 
-    importance: ArrayLike
-    """float32 [G]."""
+    importance: ArrayLike | CodedArray
+    """float32 [G], or logarithmic codes."""
 
 
 class PersonalizedImportance(NamedTuple):
     """Edge to device, each round: the importances mixed for this device."""
 
-    importance: ArrayLike
-    """float32 [G]."""
+    importance: ArrayLike | CodedArray
+    """float32 [G], or logarithmic codes."""
 
 
 Message = (
@@ -144,12 +149,22 @@ _TYPES: dict[str, type] = {
     "arch": Arch,
     "cell": tuple,
 }
-# Required dtype and rank of the plain array fields: a float32 sketch would silently cost double.
+
+
+class _Form(NamedTuple):
+    """What an array field must be: a float32 sketch would silently cost double."""
+
+    dtype: str
+    rank: int
+    scheme: Scheme | None = None
+    """Of codes, where they may stand instead."""
+
+
 _ARRAYS = {
-    (ClusterProfile, "limits"): ("int64", 1),
-    (FeatureSketch, "quantiles"): ("float16", 2),
-    (ImportanceSet, "importance"): ("float32", 1),
-    (PersonalizedImportance, "importance"): ("float32", 1),
+    (ClusterProfile, "limits"): _Form("int64", 1),
+    (FeatureSketch, "quantiles"): _Form("float16", 2, "linear"),
+    (ImportanceSet, "importance"): _Form("float32", 1, "log"),
+    (PersonalizedImportance, "importance"): _Form("float32", 1, "log"),
 }
 
 
@@ -171,7 +186,7 @@ def encode(message: Message) -> bytes:
     """
     number = _kind_number(message)
     chunks: list[bytes] = []
-    tree = [_pack(value, chunks) for value in message]
+    tree = [pack(value, chunks) for value in message]
     _check_fields(message)
     header = json.dumps(tree, separators=(",", ":"), sort_keys=True).encode()
     body = b"".join((_PREFIX.pack(MAGIC, VERSION, number, len(header)), header, *chunks))
@@ -214,7 +229,7 @@ def decode(data: bytes) -> Message:
     name, record = KINDS[number]
     try:
         tree = json.loads(bytes(body[_PREFIX.size : header_end]))
-        reader = _Reader(body[header_end:])
+        reader = Reader(body[header_end:])
         message = record(*(reader.unpack(node) for node in tree))
     except (TypeError, KeyError, IndexError, ValueError, RecursionError) as error:
         raise MessageError(f"malformed {name} message: {error}") from error
@@ -232,8 +247,8 @@ def centralized_baseline(
     """Traffic of training everything in the cloud instead, (uplink, downlink) in bytes.
 
     Up go all raw training samples, and one byte for each label. Down comes every device's
-    finished model as float32. Nothing is compressed, in ACME neither. The ACME paper compares
-    with the same baseline, but prints no formula.
+    finished model as float32. Nothing is compressed; nor does ACME compress anything but what
+    `RefineConfig` says. The ACME paper compares with the same baseline, but prints no formula.
 
     Args:
       num_train_per_device: training samples of each device.
@@ -261,78 +276,23 @@ def _check_fields(message: Message) -> None:
             raise MessageError(
                 f"{owner}.{field} must be {expected.__name__}, got {type(value).__name__}"
             )
-        if (type(message), field) in _ARRAYS:
-            dtype, rank = _ARRAYS[type(message), field]
-            array = np.asarray(value)
-            if array.dtype != dtype or array.ndim != rank:
-                raise MessageError(
-                    f"{owner}.{field} must be {dtype} with {rank} axes, got {array.dtype} of "
-                    f"shape {array.shape}; convert it before sending"
-                )
-            if not np.isfinite(array).all():
-                raise MessageError(f"{owner}.{field} holds NaN or infinite values")
+        if (form := _ARRAYS.get((type(message), field))) is not None:
+            _check_array(f"{owner}.{field}", value, form)
 
 
-def _pack(value: Any, chunks: list[bytes]) -> Any:
-    """The header's node for `value`; array bytes are appended to `chunks`."""
-    if isinstance(value, bool | int) or value is None:
-        return value
-    if isinstance(value, DeviceProfile):
-        chunks.append(np.asarray(value, "<f8").tobytes())
-        return "profile"
-    if isinstance(value, Arch):
-        return ["arch", *(_pack(np.asarray(leaf), chunks) for leaf in value)]
-    if isinstance(value, list | tuple):
-        tag = "list" if isinstance(value, list) else "tuple"
-        return [tag, *(_pack(item, chunks) for item in value)]
-    if isinstance(value, Mapping):
-        if not all(isinstance(key, str) for key in value):
-            raise MessageError(f"dictionary keys must be strings, got {list(value)}")
-        return {key: _pack(value[key], chunks) for key in sorted(value)}
-    array = np.asarray(value)
-    code = _CODES.get(array.dtype.newbyteorder("="))
-    if code is None:
+def _check_array(name: str, value: Any, form: _Form) -> None:
+    if isinstance(value, CodedArray):
+        array, wanted = np.asarray(value.codes), ("uint8", form.rank)
+        if value.scheme != form.scheme:
+            raise MessageError(f"{name} must not be {value.scheme} codes; got {value.scheme!r}")
+        if not (math.isfinite(value.low) and math.isfinite(value.high)):
+            raise MessageError(f"{name} was coded from NaN, infinite or, for logarithms, negative")
+    else:
+        array, wanted = np.asarray(value), (form.dtype, form.rank)
+        if array.dtype == form.dtype and not np.isfinite(array).all():
+            raise MessageError(f"{name} holds NaN or infinite values")
+    if (array.dtype, array.ndim) != wanted:
         raise MessageError(
-            f"cannot send {type(value).__name__} ({array.dtype}); expected an array of "
-            + ", ".join(str(dtype) for dtype in _CODES)
+            f"{name} must be {wanted[0]} with {wanted[1]} axes, got {array.dtype} of shape "
+            f"{array.shape}; convert it before sending"
         )
-    chunks.append(np.asarray(array, array.dtype.newbyteorder("<")).tobytes())
-    return f"{code}:{','.join(str(size) for size in array.shape)}"
-
-
-_BUILD: dict[str, Callable[[Iterable[Any]], Any]] = {
-    "list": list,
-    "tuple": tuple,
-    "arch": lambda leaves: Arch(*leaves),
-}
-
-
-class _Reader:
-    """Rebuilds values from header nodes and takes their bytes off the front of `rest`."""
-
-    def __init__(self, payload: memoryview) -> None:
-        self.rest = payload
-
-    def unpack(self, node: Any) -> Any:
-        if isinstance(node, bool | int) or node is None:
-            return node
-        if isinstance(node, dict):
-            return {key: self.unpack(child) for key, child in node.items()}
-        if isinstance(node, list):
-            return _BUILD[node[0]](self.unpack(child) for child in node[1:])
-        if not isinstance(node, str):
-            raise MessageError(f"unexpected {node!r} in the header")
-        if node == "profile":
-            return DeviceProfile(*self._take("f8", (len(DeviceProfile._fields),)).tolist())
-        code, _, sizes = node.partition(":")
-        return self._take(code, tuple(int(size) for size in sizes.split(",") if size))
-
-    def _take(self, code: str, shape: tuple[int, ...]) -> np.ndarray:
-        dtype = _DTYPES[code].newbyteorder("<")
-        size = math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or size > len(self.rest):
-            raise MessageError(f"an array {code} of shape {shape} does not fit its {size} bytes")
-        array = np.frombuffer(self.rest[:size], dtype).reshape(shape)
-        self.rest = self.rest[size:]
-        # A copy is aligned, writable and in the machine's byte order.
-        return array.astype(_DTYPES[code])

@@ -19,7 +19,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from acme_jax import device as device_tier
-from acme_jax import header_layout, header_slots
+from acme_jax import header_layout, header_slots, number_formats
 from acme_jax.blocks import Params
 from acme_jax.config import RefineConfig
 from acme_jax.context import Context, Stream
@@ -78,7 +78,7 @@ def programs(
         messages = jax.vmap(algorithm.server_message, in_axes=(None, 0))(cohort.edge, rows)
         run = functools.partial(
             run_clients,
-            epochs=1,
+            epochs=config.local_epochs,
             batch_size=config.batch_size,
             chunk_size=client_chunk,
             mesh=mesh,
@@ -117,12 +117,17 @@ def exchange_sketches(context: Context, post: Post, edge: int, summaries: Client
       summaries: one vector for each of the devices' training samples [C, N, D].
     """
     compiled = edge_programs(context)
-    sketches = np.asarray(compiled.sketch(summaries.inputs, summaries.size)).astype(np.float16)
+    form = context.config.refine.sketch_format
     received = [
-        post.send(FeatureSketch(sketch), tier="edge-device", direction="up", round=0)
-        for sketch in sketches
+        post.send(
+            FeatureSketch(number_formats.sketch(quantiles, form)),
+            tier="edge-device",
+            direction="up",
+            round=0,
+        )
+        for quantiles in np.asarray(compiled.sketch(summaries.inputs, summaries.size))
     ]
-    read = np.stack([np.asarray(message.quantiles, np.float32) for message in received])
+    read = np.stack([number_formats.read(message.quantiles) for message in received])
     mixing = compiled.mix(jnp.asarray(read), summaries.size, context.stream(Stream.SKETCH, edge))
     host: Mixing = jax.tree.map(np.asarray, mixing)
     return host
@@ -165,7 +170,7 @@ def round_flops(dims: HeaderDims, cell: StaticCell, samples: int) -> float:
     Args:
       dims: of the headers.
       cell: of the edge's header, counted dense: pruned gates are masked, which saves nothing.
-      samples: of all devices together.
+      samples: that all devices together train on, each counted once an epoch.
     """
     linear = 2.0 * dims.embed_dim * dims.num_classes
     return 3.0 * samples * (len(METHODS) * header_layout.num_flops(dims, cell) + linear)
@@ -220,17 +225,17 @@ def run_edge(
         devices, updates, linear_params, metrics = compiled.local_round(
             cohort, tiled, data, key, jnp.int32(index), ids
         )
-        sets = np.array(updates)
+        sets, form = np.array(updates), config.importance_format
         for row in acme:
-            message = ImportanceSet(sets[row, gates])
+            message = ImportanceSet(number_formats.importance(sets[row, gates], form))
             received = post.send(message, tier="edge-device", direction="up", round=index + 1)
-            sets[row, gates] = received.importance
+            sets[row, gates] = number_formats.read(received.importance)
         edge_state, _ = compiled.update_edge(cohort.edge, jnp.asarray(sets), tiled.size, rows)
         mixed = np.array(edge_state.personalized)
         for row in acme:
-            answer = PersonalizedImportance(mixed[row, gates])
+            answer = PersonalizedImportance(number_formats.importance(mixed[row, gates], form))
             read = post.send(answer, tier="edge-device", direction="down", round=index + 1)
-            mixed[row, gates] = read.importance
+            mixed[row, gates] = number_formats.read(read.importance)
         edge_state = edge_state._replace(personalized=jnp.asarray(mixed))
         if index + 1 == config.rounds:
             devices = compiled.receive(devices, edge_state.personalized)
@@ -245,7 +250,7 @@ def run_edge(
         return Cohort(edge_state, devices, linear_params), [numbers]
 
     def meter() -> RoundMeter:
-        samples = int(np.sum(np.asarray(data.size)))
+        samples = config.local_epochs * int(np.sum(np.asarray(data.size)))
         return RoundMeter(
             clients=len(METHODS) * count,
             flops=round_flops(context.header_dims, cell, samples),

@@ -37,7 +37,7 @@ class Session:
     def __init__(self, run: RunDirectory, reporter: Reporter, stop: StopFlag) -> None:
         self.run = run
         self.reporter = reporter
-        self._stop = stop
+        self.stop = stop
         self._root = run.path / "checkpoints"
         self._seen: list[str] = []
         self._behind = self._root.exists()  # still reading what an earlier start has done
@@ -107,7 +107,7 @@ class Session:
                 self.run.append_performance(name, done=done, **performance)
                 phase.advance(count - self._ticks, _summary(rows))
                 self._ticks = 0
-                if done == total or done - saved >= every or self._stop.requested:
+                if done == total or done - saved >= every or self.stop.requested:
                     values = {} if extra is None else extra()
                     meta = {"metrics_step": self.run.step, "done": done, "extra": values}
                     store.save(done, state, meta)
@@ -117,7 +117,7 @@ class Session:
 
     def check_stop(self, name: str, done: int, total: int) -> None:
         """Raises `StoppedError` if a stop was asked for."""
-        if self._stop.requested:
+        if self.stop.requested:
             raise StoppedError(
                 f"stopped in phase {name} after {done} of {total}; everything so far is saved, "
                 "continue with --resume"

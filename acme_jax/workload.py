@@ -66,7 +66,8 @@ def phase_flops(
     searched = 3.0 * proxy * (header.search_epochs + header.final_epochs)
     searched += header.search_epochs * header.controller_steps * header.batch_size
     searched += header.num_candidates * num_select
-    trained = (1.0 - fleet.test_fraction) * devices * config.refine.rounds
+    passes = config.refine.rounds * config.refine.local_epochs
+    trained = (1.0 - fleet.test_fraction) * devices * passes
     return {
         "reference model": benchmark.reference_flops(encoder, space) * samples(config.reference),
         "importance": 3.0 * full * num_select,

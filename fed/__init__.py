@@ -36,6 +36,7 @@ __all__ = [
     "multihost",
     "participation",
     "partition",
+    "quantize",
     "range_coder",
     "similarity",
     "simulate",

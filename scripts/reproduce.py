@@ -3,10 +3,10 @@
     python scripts/reproduce.py EXPERIMENT [EXPERIMENT ...] [--dataset fashion_mnist]
                                 [--seeds 0 1 2] [--root DIR] [--out DIR] [--again]
 
-EXPERIMENT is one of backbone_grid, headers, header_cells, selection, personalization, traffic,
-ablations, whole_system, or all. The same command continues a run that was stopped. Each
+EXPERIMENT is one of backbone_grid, headers, header_cells, selection, traffic, ablations,
+whole_system, methods, or all. The same command continues a run that was stopped. Each
 experiment writes DIR/EXPERIMENT-DATASET.json, from which `scripts/make_results.py` makes
-docs/RESULTS.md and its pictures.
+tables and pictures.
 """
 
 from __future__ import annotations

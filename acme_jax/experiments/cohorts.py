@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.sharding import Mesh
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
 
 from acme_jax import device as device_tier
 from acme_jax import header_slots
@@ -40,6 +40,8 @@ class Method(NamedTuple):
     """[C, C], row-stochastic: the identity is alone, equal rows n_j / n are the average."""
     prune_per_round: int
     """Gates; 0 is plain training, without pruning."""
+    bias: np.ndarray | None = None
+    """[C, num_classes], added to the devices' classifier biases before the first round."""
 
 
 def gates_per_round(config: RefineConfig, dims: HeaderDims, cell: StaticCell, part: float) -> int:
@@ -85,9 +87,13 @@ def refine(
         lambda *leaves: jnp.asarray(np.repeat(np.stack(leaves), count, axis=0)), *states
     )
     weights = np.zeros((len(names) * count, len(names) * count), np.float32)
+    bias = np.zeros((len(names) * count, dims.num_classes), np.float32)
     for index, name in enumerate(names):
         rows = slice(index * count, (index + 1) * count)
         weights[rows, rows] = methods[name].weights
+        if methods[name].bias is not None:
+            bias[rows] = methods[name].bias
+    devices.params["classifier"]["bias"] += bias
     tiled = jax.tree.map(lambda leaf: np.concatenate([np.asarray(leaf)] * len(names)), data)
     ids = jnp.tile(jnp.arange(count, dtype=jnp.int32), len(names))
     program = _program(dims, config, mesh, wrap)
@@ -118,28 +124,59 @@ def _program(
             data,
             key,
             num_rounds=config.rounds,
-            epochs=1,
+            epochs=config.local_epochs,
             batch_size=config.batch_size,
             mesh=mesh,
             client_ids=ids,
         )
-        receive = functools.partial(device_tier.receive, config=config)
-        last: DeviceState = jax.vmap(receive)(devices, server.personalized)
-        return last
+
+        def begin(row: Array, device: DeviceState) -> DeviceState:
+            """Applies what came last, as another round would."""
+            message = algorithm.server_message(server, row)
+            started: DeviceState = algorithm.client_init(message, device, key).device
+            return started
+
+        return jax.vmap(begin)(jnp.arange(ids.shape[0], dtype=jnp.int32), devices)
 
     return run
 
 
-def evaluator(states: Mapping[str, DeviceState], dims: HeaderDims) -> Evaluate:
-    """For `final.devices`: accuracies [M, C] of every method's devices, in the order given."""
-    stacked: Any = jax.tree.map(lambda *leaves: np.concatenate(leaves), *states.values())
+def evaluator(
+    states: Mapping[str, DeviceState], dims: HeaderDims, mesh: Mesh | None = None
+) -> Evaluate:
+    """For `final.devices`: accuracies [M, C] of every method's devices, in the order given.
+
+    Args:
+      states: by method.
+      dims: of the header.
+      mesh: devices that share the work; None: one.
+    """
     num_methods = len(states)
+    rows = list(states.values())
+    # So that they divide equally; what they find is left out.
+    rows += rows[-1:] * (-num_methods % (1 if mesh is None else mesh.size))
+    stacked: Any = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
     def evaluate(data: ClientData) -> Array:
-        tiled = jax.tree.map(lambda leaf: np.concatenate([np.asarray(leaf)] * num_methods), data)
-        return _evaluate(stacked, tiled, dims).reshape(num_methods, -1)
+        return _evaluation(dims, mesh)(stacked, data)[:num_methods]
 
     return evaluate
 
 
-_evaluate = jax.jit(device_tier.evaluate, static_argnums=2)
+@functools.lru_cache(maxsize=16)
+def _evaluation(dims: HeaderDims, mesh: Mesh | None) -> Callable[[DeviceState, ClientData], Array]:
+    def every(states: DeviceState, data: ClientData) -> Array:
+        return lax.map(lambda one: device_tier.evaluate(one, data, dims), states)
+
+    if mesh is None:
+        return jax.jit(every)
+    spread = PartitionSpec(mesh.axis_names)
+    return jax.jit(
+        jax.shard_map(
+            every,
+            mesh=mesh,
+            in_specs=(spread, PartitionSpec()),
+            out_specs=spread,
+            check_vma=False,  # devices do not communicate, so there is nothing to check
+        )
+    )

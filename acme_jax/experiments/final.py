@@ -7,7 +7,7 @@ that nothing can be chosen by test data (a test looks for other readers).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,31 @@ def _classes(params: Params, inputs: Array, encoder: EncoderConfig, batch_size: 
     )
 
 
+def network(study: Study, classify: Callable[[Array], Array]) -> float:
+    """Accuracy on the public test split of any network.
+
+    Args:
+      study: whose test split.
+      classify: inputs [B, ...] -> logits [B, num_classes]; compiled by the caller, and called with
+        batches of one shape.
+    """
+    test = study.context.splits.test
+    predicted = predict(classify, test.inputs, study.context.eval_batch)
+    return float(np.mean(predicted == test.labels))
+
+
+def predict(
+    classify: Callable[[Array], Array], inputs: np.ndarray | Array, batch_size: int
+) -> np.ndarray:
+    """Classes [N] of inputs [N, ...], in batches of one shape; `classify` as for `network`."""
+    count = len(inputs)
+    # The last batch begins again at the first sample.
+    rows = (np.arange(count + -count % batch_size) % count).reshape(-1, batch_size)
+    logits = [np.asarray(classify(jnp.asarray(inputs[batch]))) for batch in rows]
+    found: np.ndarray = np.concatenate(logits).argmax(axis=-1)[:count]
+    return found
+
+
 def header(study: Study, backbone: Params, classify: Callable[[Array], Array]) -> float:
     """Accuracy on the public test split of a header on a frozen backbone.
 
@@ -70,10 +95,32 @@ def header(study: Study, backbone: Params, classify: Callable[[Array], Array]) -
       backbone: sliced.
       classify: tokens [N, T, D] -> logits [N, num_classes].
     """
+    tokens_of = functools.partial(_tokens, study, backbone)
+    return headers(study, tokens_of, {"header": classify})["header"]
+
+
+def headers(
+    study: Study,
+    features: Callable[[np.ndarray], np.ndarray],
+    classifiers: Mapping[str, Callable[[Array], Array]],
+) -> dict[str, float]:
+    """Accuracies on the public test split of several headers that read the same features.
+
+    Args:
+      study: whose test split.
+      features: inputs [N, ...] -> what the headers read [N, ...].
+      classifiers: by name: features [N, ...] -> logits [N, num_classes].
+    """
     test = study.context.splits.test
-    tokens, _ = compute_features(study.context, backbone, test.inputs)
-    logits = np.asarray(classify(jnp.asarray(tokens)))
-    return float(np.mean(logits.argmax(axis=-1) == test.labels))
+    seen = jnp.asarray(features(test.inputs))
+    return {
+        name: float(np.mean(np.asarray(classify(seen)).argmax(axis=-1) == test.labels))
+        for name, classify in classifiers.items()
+    }
+
+
+def _tokens(study: Study, backbone: Params, inputs: np.ndarray) -> np.ndarray:
+    return compute_features(study.context, backbone, inputs)[0]
 
 
 def devices(

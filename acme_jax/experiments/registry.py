@@ -12,7 +12,6 @@ EXPERIMENTS = (
     "headers",
     "header_cells",
     "selection",
-    "personalization",
     "traffic",
     "ablations",
     "whole_system",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from acme_jax import messages
+from acme_jax.number_formats import CodedArray
 from nas.arch import Arch
 from nas.cost import DeviceProfile
 
@@ -30,6 +31,21 @@ EXAMPLES = {
     "feature_sketch": messages.FeatureSketch(np.linspace(0, 1, 12).astype("f2").reshape(3, 4)),
     "importance_set": messages.ImportanceSet(np.geomspace(1e-9, 1, 256).astype("f4")),
     "personalized_importance": messages.PersonalizedImportance(np.ones(5, np.float32)),
+}
+
+
+def coded(scheme, bits, shape, seed=0):
+    """An array of random codes that use all their bits."""
+    codes = np.random.default_rng(seed).integers(0, 2**bits, shape).astype(np.uint8)
+    return CodedArray(scheme, bits, codes, -3.25, 1.5)
+
+
+CODED = {
+    "log8": messages.ImportanceSet(coded("log", 8, 384)),
+    "log4": messages.PersonalizedImportance(coded("log", 4, 7)),
+    "log2": messages.ImportanceSet(coded("log", 2, 5)),
+    "linear8": messages.FeatureSketch(coded("linear", 8, (4, 3))),
+    "empty": messages.ImportanceSet(coded("log", 3, 0)),
 }
 
 
@@ -111,6 +127,43 @@ def test_decoded_arrays_are_writable_and_own_their_memory():
     back.importance[0] = 7.0
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.integers(2, 8), st.integers(0, 40), st.integers(0, 99))
+def test_codes_of_any_bits_come_back(bits, count, seed):
+    message = messages.ImportanceSet(coded("log", bits, count, seed))
+    data = messages.encode(message)
+    assert_same(messages.decode(data), message)
+    assert len(data) == 10 + len(f'["log{bits}:{count}"]') + 8 + -(-count * bits // 8) + 4
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_coded_messages(name):
+    message, data = CODED[name], messages.encode(CODED[name])
+    assert_same(messages.decode(data), message)
+    assert messages.kind(message) in EXAMPLES
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 0x41
+        for bad in (bytes(damaged), data[:place]):
+            with pytest.raises(messages.MessageError):
+                messages.decode(bad)
+
+
+def test_bytes_written_before_there_were_codes_are_still_read_and_written():
+    for text, message in (
+        (
+            "41434d450105080000005b2266343a32225d0000803f00000040e404828b",
+            messages.ImportanceSet(np.array([1, 2], np.float32)),
+        ),
+        (
+            "41434d4501040a0000005b2266323a322c31225d003c0040c55a32aa",
+            messages.FeatureSketch(np.array([[1], [2]], np.float16)),
+        ),
+    ):
+        assert messages.encode(message) == bytes.fromhex(text)
+        assert_same(messages.decode(bytes.fromhex(text)), message)
+
+
 def test_equal_messages_give_equal_bytes():
     a, b = np.ones(3, np.float32), np.arange(6.0).reshape(2, 3)
     first = messages.HeaderMessage((), {"x": a, "y": b})
@@ -182,7 +235,8 @@ def sealed(kind: int, header: bytes, payload: bytes = b"") -> bytes:
     [
         b"", b"{}", b"5", b"null", b'["f4:-1"]', b'["f4:2"]', b'["f4:0","f4:0"]', b'["q7:0"]',
         b'["f4:x"]', b"[[]]", b'[["set"]]', b'["f4:99999999999999999999"]', b"[true]", b"[1.5]",
-        b"[" * 5000, b'[["arch"]]', b'["profile"]', b"\xff", b'[{"a":["list"]}]',
+        b"[" * 5000, b'[["arch"]]', b'["profile"]', b"\xff", b'[{"a":["list"]}]', b'["log4:9"]',
+        b'["log9:1"]', b'["log4:-2"]',
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", range(7))
@@ -201,6 +255,13 @@ def test_wrong_headers_with_a_right_checksum_are_message_errors(kind, header):
         (messages.DeviceProfileMessage(0, 1.5, 2, PROFILE), "budget_bytes must be int"),
         (messages.DeviceProfileMessage(0, 1, 2, (1.0,) * 6), "profile must be DeviceProfile"),
         ({"importance": np.ones(3)}, "dict is no message"),
+        (messages.ImportanceSet(coded("linear", 8, 3)), "must not be linear codes"),
+        (messages.FeatureSketch(coded("linear", 8, 3)), "must be uint8 with 2 axes"),
+        (messages.ClusterProfile(0, 1, coded("log", 8, 3), PROFILE), "must not be log codes"),
+        (
+            messages.ImportanceSet(coded("log", 8, 3)._replace(low=np.nan)),
+            "was coded from NaN, infinite or, for logarithms, negative",
+        ),
     ],
 )
 def test_unsendable_records(message, pattern):

@@ -8,15 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nas import cost, pareto
-
-# Accuracy of the paper's linear header by (depth fraction, width fraction).
-LINEAR = {
-    (1.0, 1.0): 0.9207, (1.0, 0.75): 0.9060, (1.0, 0.5): 0.8677, (1.0, 0.25): 0.7054,
-    (0.75, 1.0): 0.8955, (0.75, 0.75): 0.8723, (0.75, 0.5): 0.8075, (0.75, 0.25): 0.6206,
-    (0.5, 1.0): 0.7921, (0.5, 0.75): 0.7337, (0.5, 0.5): 0.6401, (0.5, 0.25): 0.4236,
-    (0.25, 1.0): 0.4381, (0.25, 0.75): 0.3990, (0.25, 0.5): 0.3375, (0.25, 0.25): 0.2262,
-}  # fmt: skip
+from acme_jax.experiments import paper_candidates
+from nas import pareto
 
 
 def _dominates(a, b):
@@ -152,24 +145,12 @@ def test_points_beyond_the_reference_and_nan_add_nothing():
 @pytest.fixture(scope="module")
 def paper():
     """The paper's 400 candidates: its cost models and the refitted accuracy, in float64."""
-
-    def terms(m, w):
-        return np.stack([np.ones_like(m), m, w, m * m, m * w, w * w], axis=-1)
-
-    m, w = np.array(list(LINEAR)).T
-    coefficients = np.linalg.lstsq(terms(m, w), np.array(list(LINEAR.values())), rcond=None)[0]
     printed = [-0.4668, 1.9262, 1.0589, -0.9848, -0.0558, -0.5416]
-    np.testing.assert_allclose(coefficients, printed, atol=6e-5)
-    steps = np.linspace(0, 1, 20)
-    m, w = (x.ravel() for x in np.meshgrid(steps, steps, indexing="ij"))
-    width_units, depth_units = np.floor(12 * w), np.floor(12 * m)
-    costs = cost.paper_costs(width_units, depth_units)
-    size, latency, energy = (
-        (x - x.min()) / (x.max() - x.min()) for x in (costs.size, costs.latency_s, costs.energy_j)
-    )
+    np.testing.assert_allclose(paper_candidates.coefficients(), printed, atol=6e-5)
+    found = paper_candidates.candidates()
     return {
-        "A": np.clip(terms(m, w) @ coefficients, 0, 1), "S": size, "T": latency, "E": energy,
-        "units": np.stack([width_units, depth_units], 1).astype(int),
+        "A": found.accuracy, "S": found.size, "T": found.latency, "E": found.energy,
+        "units": found.units,
     }  # fmt: skip
 
 
