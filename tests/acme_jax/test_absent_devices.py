@@ -8,8 +8,9 @@ import numpy as np
 
 from acme_jax import device, header, header_slots
 from acme_jax.config import RefineConfig
-from acme_jax.device import Downlink, EdgeState
+from acme_jax.device import EdgeState
 from acme_jax.header_layout import HeaderDims
+from acme_jax.importance_rounds import Downlink
 from fed import simulate
 from fed.clients import replicate, stack_clients
 from fed.participation import Participation

@@ -123,7 +123,9 @@ def test_the_run_computes_with_what_it_reads(study, models, ran):
     assert (ours == 0).sum() == count * number * plain.rounds
     np.testing.assert_array_equal(ours, done["read"].mask[:, gates])
     smoothed = np.asarray(cohort.devices.smoothed)[first : first + count, gates]
-    np.testing.assert_allclose(smoothed, done["read"].smoothed[:, gates], rtol=1e-3)
+    # A number at the border of two levels may round to either; one flip in a sum of many. Another
+    # format would be off by parts of a level, tens of percent.
+    np.testing.assert_allclose(smoothed, done["read"].smoothed[:, gates], rtol=1e-2)
     assert (ours != done["exact"].mask[:, gates]).any()
 
 

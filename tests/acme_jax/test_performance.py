@@ -11,6 +11,7 @@ import pytest
 from acme_jax import device, header, performance, refine
 from acme_jax.config import RefineConfig
 from acme_jax.header_layout import HeaderDims
+from acme_jax.importance_rounds import LocalState
 from acme_jax.layout import make_mesh
 from acme_jax.performance import RoundMeter
 from fed.clients import Batch
@@ -78,7 +79,7 @@ def test_refinement_flops_agree_with_what_xla_counts():
     params = header.init(jax.random.key(0), cell, dims)
     algorithm = device.refinement(dims, config, cell=cell)
     state = device.init_device(params, cell, dims, 1, config, static=True)
-    local = device.LocalState(state, jnp.zeros_like(state.mask), jnp.float32(0.0))
+    local = LocalState(state, jnp.zeros_like(state.mask), jnp.float32(0.0))
     batch = Batch(
         jnp.zeros((batch_size, 16, dims.embed_dim)),
         jnp.zeros(batch_size, jnp.int32),
