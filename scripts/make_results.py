@@ -1,6 +1,6 @@
 """Writes the tables and pictures of docs/RESULTS.md and docs/METHODS.md from committed JSON.
 
-    python scripts/make_results.py [--dataset fashion_mnist]
+    python scripts/make_results.py [EXPERIMENT ...] [--dataset fashion_mnist]
 
 The JSON is what `scripts/reproduce.py ... --out docs/results` writes. Each experiment has a module
 `results_EXPERIMENT` with TABLES, FIGURES and `claims`.
@@ -12,7 +12,7 @@ import dataclasses
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib as mpl
 import page
@@ -29,6 +29,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 class Arguments:
     """What to make."""
 
+    experiments: Annotated[tuple[str, ...], tyro.conf.Positional] = EXPERIMENTS
+    """Whose tables and pictures; the table of claims needs all of docs/RESULTS.md's."""
     dataset: str = "fashion_mnist"
     results: Path = DOCS / "results"
     """Where the JSON lies and the pictures go."""
@@ -82,7 +84,7 @@ def main() -> None:
     results: dict[str, list[str]] = {}
     methods: dict[str, list[str]] = {}
     claims: list[Claim] = []
-    for name in EXPERIMENTS:
+    for name in arguments.experiments:
         document = load(arguments.results, name, arguments.dataset)
         module = importlib.import_module(f"results_{name}")
         tables = methods if name == "methods" else results
@@ -93,9 +95,12 @@ def main() -> None:
             with mpl.rc_context(RC):
                 path = arguments.results / f"{title}.png"
                 draw(document).savefig(path, dpi=110, metadata={"Software": None})
-    results["claims"] = claims_table(claims)
-    page.fill(arguments.pages / "RESULTS.md", results)
-    page.fill(arguments.pages / "METHODS.md", methods)
+    if set(arguments.experiments) >= set(EXPERIMENTS) - {"methods"}:
+        results["claims"] = claims_table(claims)
+    if results:
+        page.fill(arguments.pages / "RESULTS.md", results)
+    if methods:
+        page.fill(arguments.pages / "METHODS.md", methods)
 
 
 if __name__ == "__main__":
