@@ -5,7 +5,7 @@ one have its frame: a 1 x 1 stem with norm, residual blocks of their own, norm, 
 the positions, linear classifier. `sized` makes them as large as a number of parameters
 allows.
 
-The headers of the paper's own comparison were handicapped: its CNN headers took rows of a
+The headers of the original code were fed wrongly: its CNN headers took rows of a
 [tokens, embedding] matrix for pictures, its ViT header attended across the batch. Here positions
 are positions, and no example sees another.
 Shape letters: B batch, T tokens, D embedding, C channels.
