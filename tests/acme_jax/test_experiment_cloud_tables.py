@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from acme_jax.experiments import ablations
+from acme_jax.experiments.statistics import Estimate, estimate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import results_ablations
@@ -115,3 +116,16 @@ def test_tables_and_claims_of_the_ablations():
     results_ablations.differences_figure(document).draw_without_rendering()
     verdicts = [claim.verdict for claim in results_ablations.claims(document)]
     assert verdicts == ["holds"] * 5 + ["fails", "holds"]
+
+
+def test_not_worse_needs_an_interval_that_says_so():
+    cases = {
+        "exceeds": Estimate(0.02, 0.01, 0.0, 3),
+        "holds": Estimate(-0.002, 0.005, 0.0, 3),
+        "partly": Estimate(-0.002, 0.05, 0.0, 3),
+        "fails": Estimate(-0.03, 0.01, 0.0, 3),
+    }
+    for expected, gain in cases.items():
+        assert results_backbone_grid.not_worse(gain) == expected
+    assert results_backbone_grid.not_worse(estimate([-0.03])) == "fails"  # one seed
+    assert results_backbone_grid.not_worse(estimate([0.01])) == "holds"
