@@ -3,8 +3,8 @@
     python scripts/reproduce.py EXPERIMENT [EXPERIMENT ...] [--dataset fashion_mnist]
                                 [--seeds 0 1 2] [--root DIR] [--out DIR] [--again]
 
-EXPERIMENT is one of backbone_grid, headers, header_cells, selection, traffic, ablations,
-whole_system, methods, or all. The same command continues a run that was stopped. Each
+EXPERIMENT is one of backbone_grid, headers, header_cells, selection, personalization, traffic,
+ablations, whole_system, methods, or all. The same command continues a run that was stopped. Each
 experiment writes DIR/EXPERIMENT-DATASET.json, from which `scripts/make_results.py` makes
 tables and pictures.
 """

@@ -12,6 +12,7 @@ EXPERIMENTS = (
     "headers",
     "header_cells",
     "selection",
+    "personalization",
     "traffic",
     "ablations",
     "whole_system",
