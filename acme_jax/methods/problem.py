@@ -28,10 +28,18 @@ class Schedule:
     momentum: float = 0.5
     weight_decay: float = 1e-4
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """The clients' SGD."""
+    def optimizer(
+        self, *, decays: bool = True, max_norm: float | None = None
+    ) -> optax.GradientTransformation:
+        """The clients' SGD.
+
+        Args:
+          decays: weights decay; not for a method whose absent units must come back as sent.
+          max_norm: gradients are clipped to it, for a method that diverges without; None: not.
+        """
         return optax.chain(
-            optax.add_decayed_weights(self.weight_decay),
+            optax.identity() if max_norm is None else optax.clip_by_global_norm(max_norm),
+            optax.add_decayed_weights(self.weight_decay) if decays else optax.identity(),
             optax.sgd(self.learning_rate, momentum=self.momentum),
         )
 
