@@ -366,6 +366,10 @@ class RefineConfig:
     (zero stays zero). Devices and edges compute with what they read."""
     sketch_format: SketchFormat = "float16"
     """How the sketch travels: as float16, or in 8 or 4 bits on one linear scale."""
+    class_prior: float | None = None
+    """Pseudo-count of the log prior of its own labels that a device adds to the classifier before
+    it trains, say 0.1; None: none. For devices that will meet the classes that they train on;
+    see `acme_jax.label_prior`."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "similarity", Similarity)
@@ -381,6 +385,11 @@ class RefineConfig:
             "num_quantiles",
         )
         _check(self.prune_per_round >= 0, "RefineConfig.prune_per_round must not be negative")
+        _check(
+            self.class_prior is None or 0.0 < self.class_prior < float("inf"),
+            "RefineConfig.class_prior must be more than 0 (0.1 is usual) or None, got "
+            f"{self.class_prior}",
+        )
         _check(
             0.0 <= self.max_pruned_fraction < 1.0,
             f"RefineConfig.max_pruned_fraction must be in [0, 1), got {self.max_pruned_fraction}",

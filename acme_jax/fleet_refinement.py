@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from acme_jax import device, header_layout, messages, number_formats
+from acme_jax import device, header_layout, label_prior, messages, number_formats
 from acme_jax.blocks import Params
 from acme_jax.config import ConfigError, RefineConfig
 from acme_jax.header_layout import HeaderDims
@@ -147,7 +147,10 @@ def refine_edge(
     if bits != number_formats.EXACT_BITS:
         algorithm = number_formats.importance_as_read((bits,) * count)(algorithm)
     start = _initial_device(setup, shared.params)
-    states = replicate(start, count)
+    states = edge_states = replicate(start, count)
+    if config.class_prior is not None:
+        prior = label_prior.log_priors(edge.train, dims.num_classes, config.class_prior)
+        states = states._replace(params=label_prior.add_to_classifier(states.params, prior))
     evaluate = functools.partial(
         device.evaluate, data=edge.test, dims=dims, cell=cell, chunk_size=chunk_size
     )
@@ -160,7 +163,7 @@ def refine_edge(
 
     sketches = jax.vmap(sketch)(edge.train.inputs, edge.train.size)
     mixing = device.mixing_weights(sketches, edge.train.size, sketch_key, config)
-    before = evaluate(states)
+    before = evaluate(edge_states)
     server, states, _ = run_rounds(
         algorithm,
         algorithm.server_init(mixing.wasserstein),

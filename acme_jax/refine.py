@@ -19,7 +19,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from acme_jax import device as device_tier
-from acme_jax import header_layout, header_slots, number_formats
+from acme_jax import header_layout, header_slots, label_prior, number_formats
 from acme_jax.blocks import Params
 from acme_jax.config import RefineConfig
 from acme_jax.context import Context, Stream
@@ -141,9 +141,23 @@ def gates_per_round(context: Context, cell: StaticCell) -> int:
 
 
 def initial_cohort(
-    context: Context, cell: StaticCell, params: Params, linear: Params, mixing: Mixing
+    context: Context,
+    cell: StaticCell,
+    params: Params,
+    linear: Params,
+    mixing: Mixing,
+    prior: Array | None = None,
 ) -> Cohort:
-    """Every device under every method at its start: the edge's header, nothing pruned."""
+    """Every device under every method at its start: the edge's header, nothing pruned.
+
+    Args:
+      context: of the run.
+      cell: of the edge's header.
+      params: of that header in compact form.
+      linear: of the linear header.
+      mixing: of the C devices.
+      prior: [C, num_classes], added to every header's classifier; None: nothing.
+    """
     config, count = context.config.refine, mixing.avg.shape[0]
     states = [
         device_tier.init_device(params, cell, context.header_dims, number, config)
@@ -152,6 +166,11 @@ def initial_cohort(
     devices = jax.tree.map(
         lambda *leaves: jnp.asarray(np.repeat(np.stack(leaves), count, axis=0)), *states
     )
+    linears = jax.tree.map(lambda leaf: jnp.asarray(np.stack([np.asarray(leaf)] * count)), linear)
+    if prior is not None:
+        tiled = jnp.tile(prior, (len(METHODS), 1))
+        devices = devices._replace(params=label_prior.add_to_classifier(devices.params, tiled))
+        linears = label_prior.add_to_classifier(linears, prior)
     weights = np.zeros((len(METHODS) * count, len(METHODS) * count), np.float32)
     for index, method in enumerate(METHODS):
         rows = slice(index * count, (index + 1) * count)
@@ -160,7 +179,7 @@ def initial_cohort(
     return Cohort(
         device_tier.refinement(context.header_dims, config).server_init(jnp.asarray(weights)),
         devices,
-        jax.tree.map(lambda leaf: jnp.asarray(np.stack([np.asarray(leaf)] * count)), linear),
+        linears,
     )
 
 
@@ -214,6 +233,9 @@ def run_edge(
     ids = jnp.asarray([d.id for d in context.devices if d.edge == edge], jnp.int32)
     rows = jnp.arange(len(METHODS) * count, dtype=jnp.int32)
     key = context.stream(Stream.REFINE, edge)
+    prior = None
+    if config.class_prior is not None:
+        prior = label_prior.log_priors(data, context.encoder.num_classes, config.class_prior)
     data = replicate(data, context.mesh)
     tiled = replicate(
         jax.tree.map(lambda leaf: np.concatenate([np.asarray(leaf)] * len(METHODS)), data),
@@ -262,7 +284,7 @@ def run_edge(
         f"refinement, edge {edge}",
         total=config.rounds,
         every=context.config.compute.checkpoint_every,
-        initial=lambda: initial_cohort(context, cell, params, linear, mixing),
+        initial=lambda: initial_cohort(context, cell, params, linear, mixing, prior),
         advance=advance,
         extra=lambda: {"ledger": post.to_records()},
         restored=lambda extra: post.from_records(extra["ledger"]),

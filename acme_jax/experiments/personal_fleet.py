@@ -165,21 +165,6 @@ def listening(cohort: Cohort, source: str, temperature: float | None) -> np.ndar
     return np.asarray(similarity.weights(distance, temperature=temperature))
 
 
-def log_prior(histograms: np.ndarray, pseudo_count: float) -> np.ndarray:
-    """What a device knows of its own classes, to be added to logits: float32 [C, K].
-
-    Logarithm of each class's share among the device's training samples, smoothed by pseudo-counts,
-    over 1 / K: by Bayes' rule, what changes in a classifier of balanced data when the shares do.
-
-    Args:
-      histograms: [C, K].
-      pseudo_count: added to every class's samples.
-    """
-    counts = histograms + pseudo_count
-    shares = counts / counts.sum(axis=1, keepdims=True)
-    return np.log(shares * histograms.shape[1]).astype(np.float32)
-
-
 def _longest(study: Study, data: ClientData) -> ClientData:
     """Padded as if every device had all its samples, so that units share their programs."""
     config = study.config.fleet

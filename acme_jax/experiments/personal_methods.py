@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from acme_jax import messages
+from acme_jax import label_prior, messages
 from acme_jax.blocks import Params
 from acme_jax.config import RefineConfig
 from acme_jax.experiments import cohorts, personal_rules
 from acme_jax.experiments.cohorts import Method
-from acme_jax.experiments.personal_fleet import FORMS, Cohort, listening, log_prior
+from acme_jax.experiments.personal_fleet import FORMS, Cohort, listening
 from acme_jax.experiments.personal_rules import Rule
 from acme_jax.header_layout import HeaderDims, num_gates
 from nas.cells import StaticCell
@@ -148,7 +149,7 @@ def plan(
     cell: StaticCell,
 ) -> Plan:
     """Mixing weights, numbers of gates and priors of some variants."""
-    prior = log_prior(cohort.histograms, PSEUDO_COUNT)
+    prior = np.asarray(label_prior.log_prior(jnp.asarray(cohort.histograms), PSEUDO_COUNT))
     return Plan(
         {
             variant.name: Method(

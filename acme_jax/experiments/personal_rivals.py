@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
+from acme_jax import label_prior
 from acme_jax.blocks import Params
 from acme_jax.device import DeviceState
 from acme_jax.experiments import cohorts, rival_headers
-from acme_jax.experiments.personal_fleet import Cohort, log_prior
+from acme_jax.experiments.personal_fleet import Cohort
 from acme_jax.experiments.personal_methods import PSEUDO_COUNT, header_bytes
 from acme_jax.experiments.rival_headers import Headers, Rates
 from acme_jax.experiments.study import Study
@@ -48,9 +50,8 @@ def untrained(study: Study, models: Models, cohort: Cohort) -> dict[str, Rival]:
     count = len(cohort.fleet)
     start = rival_headers.start(models.header, models.cell, dims, count)
     plain = rival_headers.states(start.personal, models.header, models.cell, dims, config)
-    classifier = plain.params["classifier"]
-    bias = classifier["bias"] + log_prior(cohort.histograms, PSEUDO_COUNT)
-    params = {**plain.params, "classifier": {**classifier, "bias": bias}}
+    prior = label_prior.log_prior(jnp.asarray(cohort.histograms), PSEUDO_COUNT)
+    params = label_prior.add_to_classifier(plain.params, prior)
     return {
         "edge_header": Rival(plain, 0),
         "edge_header_prior": Rival(plain._replace(params=params), 0),

@@ -10,7 +10,7 @@ import optax
 import pytest
 import small_models
 
-from acme_jax import header_slots, layout, messages
+from acme_jax import header_slots, label_prior, layout, messages
 from acme_jax.config import RefineConfig
 from acme_jax.experiments import (
     cohorts,
@@ -167,7 +167,7 @@ def trained():
     data = make_data()
     cohort = make_cohort(data)
     mixed = listening(cohort, "per_dimension", 0.3)
-    bias = personal_fleet.log_prior(cohort.histograms, 0.5)
+    bias = np.asarray(label_prior.log_prior(jnp.asarray(cohort.histograms), 0.5))
     eye = np.eye(COUNT, dtype=np.float32)
     methods = {
         "none": Method(eye, 0),
@@ -235,12 +235,6 @@ def test_listening_sources(trained):
     for source, tau in (("nearest", 0.1), ("flat", None)):
         with pytest.raises(ValueError, match="unknown source"):
             listening(cohort, source, tau)
-
-
-def test_log_prior_by_hand():
-    found = personal_fleet.log_prior(np.array([[3, 1, 0], [2, 2, 2]]), 1.0)
-    np.testing.assert_allclose(found[0], np.log([12 / 7, 6 / 7, 3 / 7]), rtol=1e-6)
-    np.testing.assert_allclose(found[1], 0, atol=1e-6)
 
 
 def test_accuracies_are_the_same_on_a_mesh(trained):
