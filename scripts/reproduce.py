@@ -86,7 +86,8 @@ def main(argv: list[str]) -> int:
             print(error, file=sys.stderr)
             return STOPPED
         if name in FORESEEN or isinstance(error, OSError):
-            print(f"error: {error}", file=sys.stderr)
+            # The messages name the options of run_acme.py.
+            print(f"error: {error}".replace("--data.path", "--path"), file=sys.stderr)
             return 2
         raise
     return 0
