@@ -52,6 +52,7 @@ REMEDIES = {
 }
 RIVALS = (
     NO_PRUNING,
+    "edge_header_prior",
     "random",
     "alone",
     "avg",
