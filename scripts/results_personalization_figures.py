@@ -31,6 +31,7 @@ _STYLES = {
     EXTENDED: ("o", COLOURS[0], "weights by similarity, log prior"),
     "avg_sharing_prior": ("v", GREY, "FedRS"),
     "fedavg_tuned": ("X", COLOURS[6], "FedAvg, then alone"),
+    "edge_header_prior": ("h", COLOURS[4], "log prior, no training"),
     "random": ("x", GREY, "random"),
 }
 
@@ -56,7 +57,7 @@ def samples_figure(document: Document) -> Figure:
     """What each method adds to no pruning, by the number of training samples."""
     figure = Figure((WIDTH, 3.8), layout="constrained")
     axes = figure.subplots(1, len(SAMPLED), sharey=True)
-    names = ("alone", "avg", OURS, OURS_PRIOR, EXTENDED, "avg_sharing_prior")
+    names = ("alone", "avg", OURS, OURS_PRIOR, EXTENDED, "avg_sharing_prior", "edge_header_prior")
     for axis, name in zip(axes, SAMPLED, strict=True):
         units = [f"{name}_samples_{samples}" for samples in sorted(FEW)] + [name]
         sizes = [

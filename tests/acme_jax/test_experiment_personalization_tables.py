@@ -64,8 +64,11 @@ def test_tables_and_claims_of_a_made_up_document():
 
 def test_verdicts():
     assert results.best_or_tied([1, 1]) == "holds"
-    assert results.best_or_tied([1, 0]) == "partly"
+    assert results.best_or_tied([1, 0]) == "holds"
     assert results.best_or_tied([1, -1]) == "fails"
+    assert results.best([1, 1]) == "holds"
+    assert results.best([1, 0]) == "partly"
+    assert results.best([0, 0]) == results.best([1, -1]) == "fails"
     for mean, width, expected in (
         (0.05, 0.01, "holds"),
         (0.02, 0.01, "partly"),
