@@ -235,7 +235,7 @@ def _ten_points(document: Document, against: str, rivals: tuple[str, ...]) -> Cl
     )
     return Claim(
         f"whole system: accuracy of ACME {against}",
-        "+10 points on average over the baseline (which is not said)",
+        "+10 points on average (baseline not said)",
         text,
         verdict(ahead_of(document, rivals, tuple(UNITS))),
     )
