@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 Distribution = Literal["iid", "c2", "c3", "c4", "dirichlet"]
 SelectionRule = Literal["paper", "trade_off", "nearest_ideal", "lowest_error"]
-Similarity = Literal["flat", "per_dimension", "sliced"]
+Similarity = Literal["flat", "per_dimension", "sliced", "kde"]
 ImportanceFormat = Literal["float32", "log8", "log4", "log2"]
 SketchFormat = Literal["float16", "linear8", "linear4"]
 DType = Literal["float32", "bfloat16"]
@@ -354,6 +354,10 @@ class RefineConfig:
     """Lowers N for an edge whose header has so few gates that N a round would prune more
     than this part of them in all (a cell of pools and identities has hardly any)."""
     similarity: Similarity = "per_dimension"
+    """How alike two devices' data are: by Wasserstein distances of their feature sketches (flat:
+    as the original code flattens them), or, "kde", by kernel density estimates. Then the edge
+    sends reference points of its shared data, and devices answer with their log densities there,
+    instead of a sketch; their features, which are the kernels' centres, never leave them."""
     temperature: float = 0.1
     """tau of the softmax over similarities. The original code has 1, nearly uniform weights; at
     0.02 devices listen to themselves alone."""
@@ -366,6 +370,10 @@ class RefineConfig:
     (zero stays zero). Devices and edges compute with what they read."""
     sketch_format: SketchFormat = "float16"
     """How the sketch travels: as float16, or in 8 or 4 bits on one linear scale."""
+    kde_dims: int = 8
+    """Dimensions of the random projection in which densities are estimated."""
+    num_references: int = 200
+    """Points of the edge's shared data at which devices give their log densities."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "similarity", Similarity)
@@ -379,6 +387,13 @@ class RefineConfig:
             "learning_rate",
             "temperature",
             "num_quantiles",
+            "kde_dims",
+            "num_references",
+        )
+        _check(
+            self.similarity != "kde" or self.sketch_format == "float16",
+            f"RefineConfig.sketch_format is {self.sketch_format!r}, but with similarity 'kde' no "
+            "sketch travels; leave it at 'float16'",
         )
         _check(self.prune_per_round >= 0, "RefineConfig.prune_per_round must not be negative")
         _check(

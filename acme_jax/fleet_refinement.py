@@ -39,7 +39,8 @@ class FleetSetup:
     """What all edges share and the program is compiled for.
 
     Raises:
-      ConfigError: the rounds would prune every gate of the header.
+      ConfigError: the rounds would prune every gate of the header, or similarity "kde": these
+        edges have no shared data to ask about.
       ValueError: a cell that is invalid or does not fit `dims`.
     """
 
@@ -49,6 +50,11 @@ class FleetSetup:
 
     def __post_init__(self) -> None:
         header_layout.check_cell(self.cell, self.dims)
+        if self.config.similarity == "kde":
+            raise ConfigError(
+                "a simulated fleet's edges have no reference points, which refine.similarity "
+                "'kde' needs; use 'per_dimension', 'flat' or 'sliced'"
+            )
         pruned = self.config.rounds * self.config.prune_per_round
         if pruned >= self.num_gates:
             raise ConfigError(

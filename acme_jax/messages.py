@@ -2,10 +2,12 @@
 
 Each message of the bidirectional single loop (ACME, ICDCS 2025) is a typed, immutable record:
 
-  up      device -> edge   `DeviceProfileMessage`, `FeatureSketch` (once), `ImportanceSet` (a round)
+  up      device -> edge   `DeviceProfileMessage`, `FeatureSketch` or `LogDensities` (once),
+                           `ImportanceSet` (a round)
           edge -> cloud    `ClusterProfile`
   down    cloud -> edge    `BackboneMessage`
-          edge -> device   `BackboneMessage`, `HeaderMessage`, `PersonalizedImportance` (a round)
+          edge -> device   `BackboneMessage`, `HeaderMessage`, `DensityQuestion` (once),
+                           `PersonalizedImportance` (a round)
 
 `encode` turns a record into bytes and `decode` turns them back, so the ledger can count what
 really travels. Who sent a message, and in which round, belongs to the transport.
@@ -33,6 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from acme_jax.density_messages import DensityQuestion, LogDensities
 from acme_jax.message_trees import MessageError, Reader, pack
 from acme_jax.number_formats import CodedArray, Scheme
 from nas.arch import Arch
@@ -42,10 +45,12 @@ __all__ = [
     "KINDS",
     "BackboneMessage",
     "ClusterProfile",
+    "DensityQuestion",
     "DeviceProfileMessage",
     "FeatureSketch",
     "HeaderMessage",
     "ImportanceSet",
+    "LogDensities",
     "Message",
     "MessageError",
     "PersonalizedImportance",
@@ -130,6 +135,8 @@ Message = (
     | FeatureSketch
     | ImportanceSet
     | PersonalizedImportance
+    | DensityQuestion
+    | LogDensities
 )
 
 # The place in this table is the kind on the wire: append, never reorder.
@@ -141,6 +148,8 @@ KINDS: tuple[tuple[str, Callable[..., Message]], ...] = (
     ("feature_sketch", FeatureSketch),
     ("importance_set", ImportanceSet),
     ("personalized_importance", PersonalizedImportance),
+    ("density_question", DensityQuestion),
+    ("log_densities", LogDensities),
 )
 _NUMBER = {record: number for number, (_, record) in enumerate(KINDS)}
 _TYPES: dict[str, type] = {
@@ -165,6 +174,10 @@ _ARRAYS = {
     (FeatureSketch, "quantiles"): _Form("float16", 2, "linear"),
     (ImportanceSet, "importance"): _Form("float32", 1, "log"),
     (PersonalizedImportance, "importance"): _Form("float32", 1, "log"),
+    (DensityQuestion, "matrix"): _Form("float32", 2),
+    (DensityQuestion, "offset"): _Form("float32", 1),
+    (DensityQuestion, "references"): _Form("float32", 2),
+    (LogDensities, "values"): _Form("float32", 1),
 }
 
 
@@ -181,8 +194,8 @@ def encode(message: Message) -> bytes:
 
     Raises:
       MessageError: not a message record, a field of the wrong type, dtype or rank, a
-        non-finite value in a sketch or an importance set, or a tree with something that is
-        neither array, number, list, tuple nor dictionary with string keys.
+        non-finite value in a sketch, an importance set or densities, or a tree with something
+        that is neither array, number, list, tuple nor dictionary with string keys.
     """
     number = _kind_number(message)
     chunks: list[bytes] = []

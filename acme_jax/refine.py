@@ -18,11 +18,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from acme_jax import densities, header_layout, header_slots, number_formats
 from acme_jax import device as device_tier
-from acme_jax import header_layout, header_slots, number_formats
 from acme_jax.blocks import Params
 from acme_jax.config import RefineConfig
 from acme_jax.context import Context, Stream
+from acme_jax.density_messages import LogDensities
 from acme_jax.device import DeviceState, EdgeState, Mixing
 from acme_jax.header_layout import HeaderDims
 from acme_jax.layout import replicate
@@ -52,7 +53,7 @@ class Programs(NamedTuple):
     """What is compiled, once for all edges."""
 
     sketch: Callable[[Array, Array], Array]  # features [C, N, D], sizes [C] -> [C, Q, D]
-    mix: Callable[[Array, Array, Array], Mixing]  # sketches, sizes, key
+    mix: Callable[..., Mixing]  # sketches, sizes, key, log_density=[C, M] or None
     local_round: Callable[..., Any]
     update_edge: Callable[..., Any]
     receive: Callable[[DeviceState, Array], DeviceState]
@@ -107,30 +108,61 @@ def edge_programs(context: Context) -> Programs:
     return programs(context.header_dims, config.refine, context.mesh, config.compute.client_chunk)
 
 
-def exchange_sketches(context: Context, post: Post, edge: int, summaries: ClientData) -> Mixing:
-    """Every device sends its feature sketch once; the edge compares them.
+def exchange_sketches(
+    context: Context, post: Post, edge: int, summaries: ClientData, shared: Array | None = None
+) -> Mixing:
+    """Every device tells once how its data are distributed; the edge compares them.
+
+    By its feature sketch, or with similarity "kde" by its log densities where the edge asks. The
+    baseline "js" compares sketches in any case, which then do not travel.
 
     Args:
       context: of the run.
       post: counts the messages.
       edge: which edge.
       summaries: one vector for each of the devices' training samples [C, N, D].
+      shared: the same of the edge's shared data [S, D]; None: it has none to ask about.
+
+    Raises:
+      ConfigError: similarity "kde" without shared data.
     """
     compiled = edge_programs(context)
     form = context.config.refine.sketch_format
-    received = [
-        post.send(
-            FeatureSketch(number_formats.sketch(quantiles, form)),
-            tier="edge-device",
-            direction="up",
-            round=0,
-        )
+    sketches = [
+        number_formats.sketch(quantiles, form)
         for quantiles in np.asarray(compiled.sketch(summaries.inputs, summaries.size))
     ]
-    read = np.stack([number_formats.read(message.quantiles) for message in received])
-    mixing = compiled.mix(jnp.asarray(read), summaries.size, context.stream(Stream.SKETCH, edge))
+    log_density = None
+    if context.config.refine.similarity != "kde":
+        sketches = [
+            post.send(FeatureSketch(sketch), tier="edge-device", direction="up", round=0).quantiles
+            for sketch in sketches
+        ]
+    elif shared is not None:
+        log_density = _exchange_densities(context, post, edge, summaries, shared)
+    read = jnp.asarray(np.stack([number_formats.read(sketch) for sketch in sketches]))
+    key = context.stream(Stream.SKETCH, edge)
+    mixing = compiled.mix(read, summaries.size, key, log_density=log_density)
     host: Mixing = jax.tree.map(np.asarray, mixing)
     return host
+
+
+def _exchange_densities(
+    context: Context, post: Post, edge: int, summaries: ClientData, shared: Array
+) -> Array:
+    """The edge asks all devices, each answers [C, M]."""
+    config, key = context.config.refine, context.stream(Stream.DENSITY, edge)
+    asked = densities.question(
+        key, shared, num_dims=config.kde_dims, num_references=config.num_references
+    )
+    count = summaries.size.shape[0]
+    read = post.send(asked, tier="edge-device", direction="down", round=0, copies=count)
+    found = densities.answers(read, summaries.inputs, summaries.size)
+    received = [
+        post.send(LogDensities(values), tier="edge-device", direction="up", round=0).values
+        for values in np.asarray(found.log_density)
+    ]
+    return jnp.asarray(np.stack(received))
 
 
 def gates_per_round(context: Context, cell: StaticCell) -> int:

@@ -393,6 +393,7 @@ def _similarity_row(context: Context, edge: int, outcome: Edge) -> dict[str, Any
     mixing = outcome.mixing
     return {
         "edge": edge,
+        "measure": context.config.refine.similarity,
         "devices": [device.id for device in edge_devices(context.devices, edge)],
         "distance": mixing.distance.tolist(),
         "similarity": mixing.similarity.tolist(),

@@ -1,8 +1,8 @@
 """The bidirectional single loop, from the first byte to the report.
 
 Down: the cloud trains a supernet and searches it, each edge gets the backbone that fits its
-devices and searches a header, each device gets both. Up: profiles, one feature sketch and an
-importance set a round. Read `run` from top to bottom.
+devices and searches a header, each device gets both. Up: profiles, one feature sketch (or log
+densities where the edge asks) and an importance set a round. Read `run` from top to bottom.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def edge_tier(
     )
     with context.session.phase(f"features, edge {edge}"):
         proxy = context.splits.train.inputs[proxy_indices(context)]
-        train_features, _ = compute_features(context, backbone, proxy)
+        train_features, shared = compute_features(context, backbone, proxy)
         select_features, _ = compute_features(context, backbone, context.splits.select.inputs)
         device_features = [
             compute_features(context, backbone, device.train.inputs) for device in devices
@@ -162,7 +162,7 @@ def edge_tier(
     labels = [device.train.labels for device in devices]
     tokens, summaries = zip(*device_features, strict=True)
     sketched = stack_devices(context, summaries, labels)
-    mixing = refine.exchange_sketches(context, post, edge, sketched)
+    mixing = refine.exchange_sketches(context, post, edge, sketched, jnp.asarray(shared))
     data = stack_devices(context, tokens, labels)
     cohort = refine.run_edge(context, post, edge, found.cell, received, found.linear, data, mixing)
     return Edge(backbone, found, mixing, cohort)

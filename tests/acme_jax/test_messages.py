@@ -31,6 +31,10 @@ EXAMPLES = {
     "feature_sketch": messages.FeatureSketch(np.linspace(0, 1, 12).astype("f2").reshape(3, 4)),
     "importance_set": messages.ImportanceSet(np.geomspace(1e-9, 1, 256).astype("f4")),
     "personalized_importance": messages.PersonalizedImportance(np.ones(5, np.float32)),
+    "density_question": messages.DensityQuestion(
+        np.eye(4, 2, dtype="f4"), np.ones(2, "f4"), np.arange(6, dtype="f4").reshape(3, 2)
+    ),
+    "log_densities": messages.LogDensities(np.linspace(-900, 2, 7).astype("f4")),
 }
 
 
