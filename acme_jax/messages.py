@@ -202,8 +202,20 @@ def encode(message: Message) -> bytes:
     tree = [pack(value, chunks) for value in message]
     _check_fields(message)
     header = json.dumps(tree, separators=(",", ":"), sort_keys=True).encode()
-    body = b"".join((_PREFIX.pack(MAGIC, VERSION, number, len(header)), header, *chunks))
+    return join(number, header, b"".join(chunks))
+
+
+def join(number: int, header: bytes, arrays: bytes) -> bytes:
+    """An encoded message from its kind's number and its parts."""
+    body = b"".join((_PREFIX.pack(MAGIC, VERSION, number, len(header)), header, arrays))
     return body + _CHECKSUM.pack(zlib.crc32(body))
+
+
+def split(encoded: bytes) -> tuple[int, bytes, bytes]:
+    """Inverse of `join`, of a message that is known to be whole."""
+    *_, number, header_size = _PREFIX.unpack_from(encoded)
+    header_end = _PREFIX.size + header_size
+    return number, encoded[_PREFIX.size : header_end], encoded[header_end : -_CHECKSUM.size]
 
 
 def decode(data: bytes) -> Message:

@@ -25,6 +25,7 @@ from acme_jax.config import RefineConfig
 from acme_jax.context import Context, Stream
 from acme_jax.density_messages import LogDensities
 from acme_jax.device import DeviceState, EdgeState, Mixing
+from acme_jax.fleet import edge_devices
 from acme_jax.header_layout import HeaderDims
 from acme_jax.layout import replicate
 from acme_jax.messages import FeatureSketch, ImportanceSet, PersonalizedImportance
@@ -126,7 +127,7 @@ def exchange_sketches(
     Raises:
       ConfigError: similarity "kde" without shared data.
     """
-    compiled = edge_programs(context)
+    compiled, ids = edge_programs(context), _device_ids(context, edge)
     form = context.config.refine.sketch_format
     sketches = [
         number_formats.sketch(quantiles, form)
@@ -135,8 +136,8 @@ def exchange_sketches(
     log_density = None
     if context.config.refine.similarity != "kde":
         sketches = [
-            post.send(FeatureSketch(sketch), tier="edge-device", direction="up", round=0).quantiles
-            for sketch in sketches
+            post.send_up(FeatureSketch(sketch), sender=sender, round=0).quantiles
+            for sketch, sender in zip(sketches, ids, strict=True)
         ]
     elif shared is not None:
         log_density = _exchange_densities(context, post, edge, summaries, shared)
@@ -158,11 +159,16 @@ def _exchange_densities(
     count = summaries.size.shape[0]
     read = post.send(asked, tier="edge-device", direction="down", round=0, copies=count)
     found = densities.answers(read, summaries.inputs, summaries.size)
+    senders = _device_ids(context, edge)
     received = [
-        post.send(LogDensities(values), tier="edge-device", direction="up", round=0).values
-        for values in np.asarray(found.log_density)
+        post.send_up(LogDensities(values), sender=sender, round=0).values
+        for values, sender in zip(np.asarray(found.log_density), senders, strict=True)
     ]
     return jnp.asarray(np.stack(received))
+
+
+def _device_ids(context: Context, edge: int) -> list[int]:
+    return [device.id for device in edge_devices(context.devices, edge)]
 
 
 def gates_per_round(context: Context, cell: StaticCell) -> int:
@@ -222,7 +228,7 @@ def run_edge(
 
     Args:
       context: of the run.
-      post: counts ACME's messages; its ledger is checkpointed with the rounds.
+      post: counts ACME's messages; its ledger and coded links are checkpointed with the rounds.
       edge: which edge.
       cell: of the edge's header.
       params: of that header in compact form, where every device starts.
@@ -243,7 +249,8 @@ def run_edge(
             f"edge {edge}: the header has {gates.size} gates, so {number} instead of "
             f"{config.prune_per_round} are pruned a round (refine.max_pruned_fraction)"
         )
-    ids = jnp.asarray([d.id for d in context.devices if d.edge == edge], jnp.int32)
+    senders = _device_ids(context, edge)
+    ids = jnp.asarray(senders, jnp.int32)
     rows = jnp.arange(len(METHODS) * count, dtype=jnp.int32)
     key = context.stream(Stream.REFINE, edge)
     data = replicate(data, context.mesh)
@@ -258,9 +265,9 @@ def run_edge(
             cohort, tiled, data, key, jnp.int32(index), ids
         )
         sets, form = np.array(updates), config.importance_format
-        for row in acme:
+        for row, sender in zip(acme, senders, strict=True):
             message = ImportanceSet(number_formats.importance(sets[row, gates], form))
-            received = post.send(message, tier="edge-device", direction="up", round=index + 1)
+            received = post.send_up(message, sender=sender, round=index + 1)
             sets[row, gates] = number_formats.read(received.importance)
         edge_state, _ = compiled.update_edge(cohort.edge, jnp.asarray(sets), tiled.size, rows)
         mixed = np.array(edge_state.personalized)
@@ -281,6 +288,10 @@ def run_edge(
         numbers |= {f"loss_{m}": float(loss) for m, loss in zip(METHODS, losses, strict=True)}
         return Cohort(edge_state, devices, linear_params), [numbers]
 
+    def restored(extra: dict[str, Any]) -> None:
+        post.from_records(extra["ledger"])
+        post.memories_from_records(extra.get("links", []))  # a checkpoint may be older than links
+
     def meter() -> RoundMeter:
         samples = config.local_epochs * int(np.sum(np.asarray(data.size)))
         return RoundMeter(
@@ -296,7 +307,7 @@ def run_edge(
         every=context.config.compute.checkpoint_every,
         initial=lambda: initial_cohort(context, cell, params, linear, mixing),
         advance=advance,
-        extra=lambda: {"ledger": post.to_records()},
-        restored=lambda extra: post.from_records(extra["ledger"]),
+        extra=lambda: {"ledger": post.to_records(), "links": post.memories_to_records()},
+        restored=restored,
         meter=meter,
     )

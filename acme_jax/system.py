@@ -95,7 +95,7 @@ def run(
                 except (ValueError, OSError):
                     session.abandon()
                     raise
-            post = Post()
+            post = Post(config.refine.coding)
             clusters = register_devices(context, post)
             made = cloud_tier(context, clusters)
             edges = [
