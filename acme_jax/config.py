@@ -376,6 +376,12 @@ class RefineConfig:
     ends of every link that learn from round to round (`acme_jax.message_coding`). The bytes that a
     run counts are then the coded ones; results are the same. Floats hardly shrink: with formats in
     few bits it saves most."""
+    data_quality: bool = False
+    """Every device also reports, once, how good its training data are: leave-one-out likelihood,
+    label entropy, and for texts approximate and Lempel-Ziv entropy, as rows of results.json and
+    the report. Two traps (`acme_jax.data_quality`): runs that differ in depth and width only cannot
+    tell what data are worth; and the approximate entropy of short sequences over many symbols
+    measures their length, so that all different looks like constant."""
     kde_dims: int = 8
     """Dimensions of the random projection in which densities are estimated."""
     num_references: int = 200

@@ -37,14 +37,14 @@ def check(config: RefineConfig, num_shared: int, num_features: int) -> None:
     """Whether an edge can ask what the configuration says; before any work.
 
     Args:
-      config: similarity, kde_dims, num_references.
+      config: similarity, data_quality, kde_dims, num_references.
       num_shared: samples of the edge's shared data.
       num_features: F.
 
     Raises:
       ConfigError: fewer features or samples than asked for.
     """
-    if config.similarity != "kde":
+    if config.similarity != "kde" and not config.data_quality:
         return
     if config.kde_dims > num_features:
         raise ConfigError(

@@ -1,7 +1,9 @@
-"""What an edge and its devices say about the densities of the devices' data.
+"""What an edge and its devices say about the densities, and the quality, of the devices' data.
 
-Only these records travel (`acme_jax.densities`). A device's estimate has its features as kernel
-centres and stays on it. Shape letters: F features, D projected dimensions, M reference points.
+Only these records travel (`acme_jax.densities`, `acme_jax.data_quality`). A device's estimate has
+its features as kernel centres and stays on it.
+
+Shape letters: F features, D projected dimensions, M reference points.
 """
 
 from __future__ import annotations
@@ -27,3 +29,15 @@ class LogDensities(NamedTuple):
 
     values: ArrayLike
     """float32 [M] nats, at the reference points."""
+
+
+class DataQuality(NamedTuple):
+    """Device to edge, once, if asked: how good its training samples are; None: unknown.
+
+    All are float32 []; see `acme_jax.data_quality` for what they mean and what they do not.
+    """
+
+    log_likelihood: ArrayLike | None
+    label_entropy: ArrayLike | None
+    approximate_entropy: ArrayLike | None
+    lempel_ziv_entropy: ArrayLike | None

@@ -2,8 +2,8 @@
 
 Each message of the bidirectional single loop (ACME, ICDCS 2025) is a typed, immutable record:
 
-  up      device -> edge   `DeviceProfileMessage`, `FeatureSketch` or `LogDensities` (once),
-                           `ImportanceSet` (a round)
+  up      device -> edge   `DeviceProfileMessage`, `FeatureSketch` or `LogDensities`,
+                           `DataQuality` (once), `ImportanceSet` (a round)
           edge -> cloud    `ClusterProfile`
   down    cloud -> edge    `BackboneMessage`
           edge -> device   `BackboneMessage`, `HeaderMessage`, `DensityQuestion` (once),
@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from acme_jax.density_messages import DensityQuestion, LogDensities
+from acme_jax.density_messages import DataQuality, DensityQuestion, LogDensities
 from acme_jax.message_trees import MessageError, Reader, pack
 from acme_jax.number_formats import CodedArray, Scheme
 from nas.arch import Arch
@@ -45,6 +45,7 @@ __all__ = [
     "KINDS",
     "BackboneMessage",
     "ClusterProfile",
+    "DataQuality",
     "DensityQuestion",
     "DeviceProfileMessage",
     "FeatureSketch",
@@ -137,6 +138,7 @@ Message = (
     | PersonalizedImportance
     | DensityQuestion
     | LogDensities
+    | DataQuality
 )
 
 # The place in this table is the kind on the wire: append, never reorder.
@@ -150,6 +152,7 @@ KINDS: tuple[tuple[str, Callable[..., Message]], ...] = (
     ("personalized_importance", PersonalizedImportance),
     ("density_question", DensityQuestion),
     ("log_densities", LogDensities),
+    ("data_quality", DataQuality),
 )
 _NUMBER = {record: number for number, (_, record) in enumerate(KINDS)}
 _TYPES: dict[str, type] = {
@@ -167,6 +170,8 @@ class _Form(NamedTuple):
     rank: int
     scheme: Scheme | None = None
     """Of codes, where they may stand instead."""
+    optional: bool = False
+    """Whether None may stand instead."""
 
 
 _ARRAYS = {
@@ -178,6 +183,7 @@ _ARRAYS = {
     (DensityQuestion, "offset"): _Form("float32", 1),
     (DensityQuestion, "references"): _Form("float32", 2),
     (LogDensities, "values"): _Form("float32", 1),
+    **{(DataQuality, field): _Form("float32", 0, optional=True) for field in DataQuality._fields},
 }
 
 
@@ -301,7 +307,8 @@ def _check_fields(message: Message) -> None:
             raise MessageError(
                 f"{owner}.{field} must be {expected.__name__}, got {type(value).__name__}"
             )
-        if (form := _ARRAYS.get((type(message), field))) is not None:
+        form = _ARRAYS.get((type(message), field))
+        if form is not None and not (form.optional and value is None):
             _check_array(f"{owner}.{field}", value, form)
 
 

@@ -23,7 +23,7 @@ from acme_jax import device as device_tier
 from acme_jax.blocks import Params
 from acme_jax.config import RefineConfig
 from acme_jax.context import Context, Stream
-from acme_jax.density_messages import LogDensities
+from acme_jax.density_messages import DensityQuestion, LogDensities
 from acme_jax.device import DeviceState, EdgeState, Mixing
 from acme_jax.fleet import edge_devices
 from acme_jax.header_layout import HeaderDims
@@ -148,14 +148,22 @@ def exchange_sketches(
     return host
 
 
+def density_question(context: Context, edge: int, shared: Array) -> DensityQuestion:
+    """What an edge asks its devices, the same every time; shared as for `exchange_sketches`."""
+    config = context.config.refine
+    return densities.question(
+        context.stream(Stream.DENSITY, edge),
+        shared,
+        num_dims=config.kde_dims,
+        num_references=config.num_references,
+    )
+
+
 def _exchange_densities(
     context: Context, post: Post, edge: int, summaries: ClientData, shared: Array
 ) -> Array:
     """The edge asks all devices, each answers [C, M]."""
-    config, key = context.config.refine, context.stream(Stream.DENSITY, edge)
-    asked = densities.question(
-        key, shared, num_dims=config.kde_dims, num_references=config.num_references
-    )
+    asked = density_question(context, edge, shared)
     count = summaries.size.shape[0]
     read = post.send(asked, tier="edge-device", direction="down", round=0, copies=count)
     found = densities.answers(read, summaries.inputs, summaries.size)

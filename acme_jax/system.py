@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from acme_jax import cloud, encoders, phases, refine, slicing
+from acme_jax import cloud, data_quality, encoders, phases, refine, slicing
 from acme_jax.blocks import Params
 from acme_jax.cloud import Choice
 from acme_jax.config import Config
@@ -27,6 +27,7 @@ from acme_jax.fleet import REFERENCE_PROFILE, Device, edge_devices
 from acme_jax.messages import (
     BackboneMessage,
     ClusterProfile,
+    DataQuality,
     DeviceProfileMessage,
     HeaderMessage,
 )
@@ -60,6 +61,7 @@ class Edge(NamedTuple):
     header: EdgeHeader
     mixing: Mixing
     cohort: refine.Cohort
+    quality: list[DataQuality] | None  # of the devices' data, if asked for
 
 
 def run(
@@ -162,10 +164,14 @@ def edge_tier(
     labels = [device.train.labels for device in devices]
     tokens, summaries = zip(*device_features, strict=True)
     sketched = stack_devices(context, summaries, labels)
-    mixing = refine.exchange_sketches(context, post, edge, sketched, jnp.asarray(shared))
+    features = jnp.asarray(shared)
+    mixing = refine.exchange_sketches(context, post, edge, sketched, features)
+    quality = None
+    if context.config.refine.data_quality:
+        quality = data_quality.exchange(context, post, edge, sketched, features)
     data = stack_devices(context, tokens, labels)
     cohort = refine.run_edge(context, post, edge, found.cell, received, found.linear, data, mixing)
-    return Edge(backbone, found, mixing, cohort)
+    return Edge(backbone, found, mixing, cohort, quality)
 
 
 def stack_devices(
