@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import untrained_edge
-from fake_results import RESULTS
+from fake_results import make_results
 
 from acme_jax import data_quality, densities, refine, tables
 from acme_jax.bert import BertConfig
@@ -115,7 +115,7 @@ def test_devices_report_once(setting):
     assert [row["device"] for row in rows] == [d.id for d in devices]
     table = tables.quality_table({"data_quality": rows})
     assert len(table.rows) == 3 and table.rows[0][4:] == ("–", "–")  # noqa: RUF001
-    assert "Lempel-Ziv" in table.note and not tables.quality_table(RESULTS).rows
+    assert "Lempel-Ziv" in table.note and not tables.quality_table(make_results()).rows
 
 
 def test_with_kde_the_question_is_not_sent_again(setting):
