@@ -14,9 +14,10 @@ from typing import Any, Literal, get_args, get_type_hints
 
 Distribution = Literal["iid", "c2", "c3", "c4", "dirichlet"]
 SelectionRule = Literal["paper", "trade_off", "nearest_ideal", "lowest_error"]
-Similarity = Literal["flat", "per_dimension", "sliced"]
+Similarity = Literal["flat", "per_dimension", "sliced", "kde"]
 ImportanceFormat = Literal["float32", "log8", "log4", "log2"]
 SketchFormat = Literal["float16", "linear8", "linear4"]
+Coding = Literal["none", "adaptive"]
 DType = Literal["float32", "bfloat16"]
 DatasetName = Literal[
     "mnist5k",
@@ -354,6 +355,10 @@ class RefineConfig:
     """Lowers N for an edge whose header has so few gates that N a round would prune more
     than this part of them in all (a cell of pools and identities has hardly any)."""
     similarity: Similarity = "per_dimension"
+    """How alike two devices' data are: by Wasserstein distances of their feature sketches (flat:
+    as the original code flattens them), or, "kde", by kernel density estimates. Then the edge
+    sends reference points of its shared data, and devices answer with their log densities there,
+    instead of a sketch; their features, which are the kernels' centres, never leave them."""
     temperature: float = 0.1
     """tau of the softmax over similarities. The original code has 1, nearly uniform weights; at
     0.02 devices listen to themselves alone."""
@@ -370,11 +375,27 @@ class RefineConfig:
     """Pseudo-count of the log prior of its own labels that a device adds to the classifier before
     it trains, say 0.1; None: none. For devices that will meet the classes that they train on;
     see `acme_jax.label_prior`."""
+    coding: Coding = "none"
+    """Lossless coding of what devices send up, on top of the formats: "adaptive" has tables at both
+    ends of every link that learn from round to round (`acme_jax.message_coding`). The bytes that a
+    run counts are then the coded ones; results are the same. Floats hardly shrink: with formats in
+    few bits it saves most."""
+    data_quality: bool = False
+    """Every device also reports, once, how good its training data are: leave-one-out likelihood,
+    label entropy, and for texts approximate and Lempel-Ziv entropy, as rows of results.json and
+    the report. Two traps (`acme_jax.data_quality`): runs that differ in depth and width only cannot
+    tell what data are worth; and the approximate entropy of short sequences over many symbols
+    measures their length, so that all different looks like constant."""
+    kde_dims: int = 8
+    """Dimensions of the random projection in which densities are estimated."""
+    num_references: int = 200
+    """Points of the edge's shared data at which devices give their log densities."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "similarity", Similarity)
         _check_choice(self, "importance_format", ImportanceFormat)
         _check_choice(self, "sketch_format", SketchFormat)
+        _check_choice(self, "coding", Coding)
         _check_positive(
             self,
             "rounds",
@@ -383,6 +404,13 @@ class RefineConfig:
             "learning_rate",
             "temperature",
             "num_quantiles",
+            "kde_dims",
+            "num_references",
+        )
+        _check(
+            self.similarity != "kde" or self.sketch_format == "float16",
+            f"RefineConfig.sketch_format is {self.sketch_format!r}, but with similarity 'kde' no "
+            "sketch travels; leave it at 'float16'",
         )
         _check(self.prune_per_round >= 0, "RefineConfig.prune_per_round must not be negative")
         _check(

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from acme_jax import cloud, concrete, layout, profiling, training
+from acme_jax import cloud, concrete, densities, layout, profiling, training
 from acme_jax.blocks import Params
 from acme_jax.config import Config, ConfigError
 from acme_jax.encoders import EncoderConfig
@@ -43,6 +43,7 @@ class Stream(enum.IntEnum):
     LINEAR = 6
     REFINE = 7
     SKETCH = 8
+    DENSITY = 9
 
 
 class Public(NamedTuple):
@@ -159,6 +160,7 @@ def make_context(config: Config, session: Session) -> Context:
             f"header.proxy_fraction leaves {proxy} samples at the edge, fewer than one batch of "
             f"{config.header.batch_size}; raise it or lower header.batch_size"
         )
+    densities.check(config.refine, proxy, encoder.embed_dim)
     full_bytes = _full_bytes(backbone_dims, space, header_dims)
     devices = make_fleet(splits.device_pool, config, dataset.num_classes, full_bytes)
     cloud.check_importance_samples(len(splits.select))

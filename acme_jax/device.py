@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from acme_jax import header, header_slots
+from acme_jax import densities, header, header_slots
 from acme_jax.blocks import Params
 from acme_jax.config import RefineConfig
 from acme_jax.header_layout import HeaderDims
@@ -109,14 +109,20 @@ def refinement(
 class Mixing(NamedTuple):
     """How devices listen to each other, and what that rests on. All [C, C]."""
 
-    distance: Array  # Wasserstein, of the sketches
+    distance: Array  # Wasserstein, of the sketches; with similarity "kde" Jensen-Shannon, in nats
     similarity: Array
-    wasserstein: Array  # row-stochastic, as are those below
+    wasserstein: Array  # by that similarity; row-stochastic, as are those below
     js: Array
     avg: Array  # n_j / n
 
 
-def mixing_weights(sketches: Array, sizes: Array, key: Array, config: RefineConfig) -> Mixing:
+def mixing_weights(
+    sketches: Array,
+    sizes: Array,
+    key: Array,
+    config: RefineConfig,
+    log_density: Array | None = None,
+) -> Mixing:
     """The methods' row-stochastic weights from what the edge received.
 
     Args:
@@ -124,9 +130,16 @@ def mixing_weights(sketches: Array, sizes: Array, key: Array, config: RefineConf
       sizes: [C] training samples.
       key: for the projections of `sliced`, consumed.
       config: similarity, temperature.
+      log_density: [C, M] the devices' answers, for similarity "kde" (`acme_jax.densities`).
+
+    Raises:
+      ConfigError: similarity "kde" without answers.
     """
     count = sketches.shape[0]
-    distance = similarity.pairwise_wasserstein(sketches, method=config.similarity, key=key)
+    if config.similarity == "kde":
+        distance = densities.distances(log_density)
+    else:
+        distance = similarity.pairwise_wasserstein(sketches, method=config.similarity, key=key)
     js_distance = similarity.pairwise_js(sketches)
     sizes = sizes.astype(jnp.float32)
     return Mixing(

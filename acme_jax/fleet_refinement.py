@@ -39,7 +39,9 @@ class FleetSetup:
     """What all edges share and the program is compiled for.
 
     Raises:
-      ConfigError: the rounds would prune every gate of the header.
+      ConfigError: the rounds would prune every gate of the header; similarity "kde", because
+        these edges have no shared data to ask about; or coding, because bytes are counted by
+        messages' shapes here.
       ValueError: a cell that is invalid or does not fit `dims`.
     """
 
@@ -49,6 +51,16 @@ class FleetSetup:
 
     def __post_init__(self) -> None:
         header_layout.check_cell(self.cell, self.dims)
+        if self.config.similarity == "kde":
+            raise ConfigError(
+                "a simulated fleet's edges have no reference points, which refine.similarity "
+                "'kde' needs; use 'per_dimension', 'flat' or 'sliced'"
+            )
+        if self.config.coding != "none":
+            raise ConfigError(
+                f"a simulated fleet counts bytes by messages' shapes, and refine.coding "
+                f"{self.config.coding!r} makes them depend on values; leave it at 'none'"
+            )
         pruned = self.config.rounds * self.config.prune_per_round
         if pruned >= self.num_gates:
             raise ConfigError(

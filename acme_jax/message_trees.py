@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from acme_jax.number_formats import CodedArray, Scheme
 from fed.quantize import MAX_BITS, MIN_BITS
@@ -54,7 +55,10 @@ def pack(value: Any, chunks: list[bytes]) -> Any:
     if isinstance(value, Arch):
         return ["arch", *(pack(np.asarray(leaf), chunks) for leaf in value)]
     if isinstance(value, CodedArray):
-        chunks += [np.asarray([value.low, value.high], _SCALE).tobytes(), _pack_codes(value)]
+        chunks += [
+            np.asarray([value.low, value.high], _SCALE).tobytes(),
+            pack_bits(value.codes, value.bits),
+        ]
         return f"{value.scheme}{value.bits}:{_shape_text(value.codes.shape)}"
     if isinstance(value, list | tuple):
         tag = "list" if isinstance(value, list) else "tuple"
@@ -125,14 +129,19 @@ class Reader:
         low, high = self._take("f4", (2,)).tolist()
         count = math.prod(shape)
         packed = self._take("u1", (-(-count * bits // 8),))
-        places = np.unpackbits(packed)[: count * bits].reshape(count, bits)
-        codes = np.packbits(np.pad(places, ((0, 0), (8 - bits, 0))), axis=1).reshape(shape)
-        return CodedArray(scheme, bits, codes, low, high)
+        return CodedArray(scheme, bits, unpack_bits(packed, bits, count).reshape(shape), low, high)
 
 
-def _pack_codes(value: CodedArray) -> bytes:
-    places = np.unpackbits(np.asarray(value.codes, np.uint8).reshape(-1, 1), axis=1)
-    return np.packbits(places[:, 8 - value.bits :]).tobytes()
+def pack_bits(codes: ArrayLike, bits: int) -> bytes:
+    """Codes below 2^bits, highest bit first, filled up with zeros to a whole byte."""
+    places = np.unpackbits(np.asarray(codes, np.uint8).reshape(-1, 1), axis=1)
+    return np.packbits(places[:, 8 - bits :]).tobytes()
+
+
+def unpack_bits(packed: bytes | np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The `count` codes uint8 [N] that `pack_bits` made these bytes of."""
+    places = np.unpackbits(np.frombuffer(packed, np.uint8))[: count * bits].reshape(count, bits)
+    return np.packbits(np.pad(places, ((0, 0), (8 - bits, 0))), axis=1).reshape(-1)
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:

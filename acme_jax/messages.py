@@ -2,10 +2,12 @@
 
 Each message of the bidirectional single loop (ACME, ICDCS 2025) is a typed, immutable record:
 
-  up      device -> edge   `DeviceProfileMessage`, `FeatureSketch` (once), `ImportanceSet` (a round)
+  up      device -> edge   `DeviceProfileMessage`, `FeatureSketch` or `LogDensities`,
+                           `DataQuality` (once), `ImportanceSet` (a round)
           edge -> cloud    `ClusterProfile`
   down    cloud -> edge    `BackboneMessage`
-          edge -> device   `BackboneMessage`, `HeaderMessage`, `PersonalizedImportance` (a round)
+          edge -> device   `BackboneMessage`, `HeaderMessage`, `DensityQuestion` (once),
+                           `PersonalizedImportance` (a round)
 
 `encode` turns a record into bytes and `decode` turns them back, so the ledger can count what
 really travels. Who sent a message, and in which round, belongs to the transport.
@@ -33,6 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from acme_jax.density_messages import DataQuality, DensityQuestion, LogDensities
 from acme_jax.message_trees import MessageError, Reader, pack
 from acme_jax.number_formats import CodedArray, Scheme
 from nas.arch import Arch
@@ -42,10 +45,13 @@ __all__ = [
     "KINDS",
     "BackboneMessage",
     "ClusterProfile",
+    "DataQuality",
+    "DensityQuestion",
     "DeviceProfileMessage",
     "FeatureSketch",
     "HeaderMessage",
     "ImportanceSet",
+    "LogDensities",
     "Message",
     "MessageError",
     "PersonalizedImportance",
@@ -130,6 +136,9 @@ Message = (
     | FeatureSketch
     | ImportanceSet
     | PersonalizedImportance
+    | DensityQuestion
+    | LogDensities
+    | DataQuality
 )
 
 # The place in this table is the kind on the wire: append, never reorder.
@@ -141,6 +150,9 @@ KINDS: tuple[tuple[str, Callable[..., Message]], ...] = (
     ("feature_sketch", FeatureSketch),
     ("importance_set", ImportanceSet),
     ("personalized_importance", PersonalizedImportance),
+    ("density_question", DensityQuestion),
+    ("log_densities", LogDensities),
+    ("data_quality", DataQuality),
 )
 _NUMBER = {record: number for number, (_, record) in enumerate(KINDS)}
 _TYPES: dict[str, type] = {
@@ -158,6 +170,8 @@ class _Form(NamedTuple):
     rank: int
     scheme: Scheme | None = None
     """Of codes, where they may stand instead."""
+    optional: bool = False
+    """Whether None may stand instead."""
 
 
 _ARRAYS = {
@@ -165,6 +179,11 @@ _ARRAYS = {
     (FeatureSketch, "quantiles"): _Form("float16", 2, "linear"),
     (ImportanceSet, "importance"): _Form("float32", 1, "log"),
     (PersonalizedImportance, "importance"): _Form("float32", 1, "log"),
+    (DensityQuestion, "matrix"): _Form("float32", 2),
+    (DensityQuestion, "offset"): _Form("float32", 1),
+    (DensityQuestion, "references"): _Form("float32", 2),
+    (LogDensities, "values"): _Form("float32", 1),
+    **{(DataQuality, field): _Form("float32", 0, optional=True) for field in DataQuality._fields},
 }
 
 
@@ -181,16 +200,28 @@ def encode(message: Message) -> bytes:
 
     Raises:
       MessageError: not a message record, a field of the wrong type, dtype or rank, a
-        non-finite value in a sketch or an importance set, or a tree with something that is
-        neither array, number, list, tuple nor dictionary with string keys.
+        non-finite value in a sketch, an importance set or densities, or a tree with something
+        that is neither array, number, list, tuple nor dictionary with string keys.
     """
     number = _kind_number(message)
     chunks: list[bytes] = []
     tree = [pack(value, chunks) for value in message]
     _check_fields(message)
     header = json.dumps(tree, separators=(",", ":"), sort_keys=True).encode()
-    body = b"".join((_PREFIX.pack(MAGIC, VERSION, number, len(header)), header, *chunks))
+    return join(number, header, b"".join(chunks))
+
+
+def join(number: int, header: bytes, arrays: bytes) -> bytes:
+    """An encoded message from its kind's number and its parts."""
+    body = b"".join((_PREFIX.pack(MAGIC, VERSION, number, len(header)), header, arrays))
     return body + _CHECKSUM.pack(zlib.crc32(body))
+
+
+def split(encoded: bytes) -> tuple[int, bytes, bytes]:
+    """Inverse of `join`, of a message that is known to be whole."""
+    *_, number, header_size = _PREFIX.unpack_from(encoded)
+    header_end = _PREFIX.size + header_size
+    return number, encoded[_PREFIX.size : header_end], encoded[header_end : -_CHECKSUM.size]
 
 
 def decode(data: bytes) -> Message:
@@ -276,7 +307,8 @@ def _check_fields(message: Message) -> None:
             raise MessageError(
                 f"{owner}.{field} must be {expected.__name__}, got {type(value).__name__}"
             )
-        if (form := _ARRAYS.get((type(message), field))) is not None:
+        form = _ARRAYS.get((type(message), field))
+        if form is not None and not (form.optional and value is None):
             _check_array(f"{owner}.{field}", value, form)
 
 

@@ -34,7 +34,7 @@ def figure_similarity(results: Results) -> Figure | None:
         return None
     kinds = [
         k
-        for k in (("weights", "Wasserstein"), ("js_weights", "Jensen-Shannon"))
+        for k in (("weights", _measure(shown[0])), ("js_weights", "Jensen-Shannon"))
         if k[0] in shown[0]
     ]
     per_row = min(3, len(shown))
@@ -84,6 +84,11 @@ def figure_similarity(results: Results) -> Figure | None:
         color="#555555",
     )
     return figure
+
+
+def _measure(entry: Results) -> str:
+    """What the weights rest on; runs before the choice was written down had but one."""
+    return "kernel densities" if entry.get("measure") == "kde" else "Wasserstein"
 
 
 def _device_label(device: int, labels: Any) -> str:

@@ -18,12 +18,14 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from acme_jax import densities, header_layout, header_slots, label_prior, number_formats
 from acme_jax import device as device_tier
-from acme_jax import header_layout, header_slots, label_prior, number_formats
 from acme_jax.blocks import Params
 from acme_jax.config import RefineConfig
 from acme_jax.context import Context, Stream
+from acme_jax.density_messages import DensityQuestion, LogDensities
 from acme_jax.device import DeviceState, EdgeState, Mixing
+from acme_jax.fleet import edge_devices
 from acme_jax.header_layout import HeaderDims
 from acme_jax.layout import replicate
 from acme_jax.messages import FeatureSketch, ImportanceSet, PersonalizedImportance
@@ -52,7 +54,7 @@ class Programs(NamedTuple):
     """What is compiled, once for all edges."""
 
     sketch: Callable[[Array, Array], Array]  # features [C, N, D], sizes [C] -> [C, Q, D]
-    mix: Callable[[Array, Array, Array], Mixing]  # sketches, sizes, key
+    mix: Callable[..., Mixing]  # sketches, sizes, key, log_density=[C, M] or None
     local_round: Callable[..., Any]
     update_edge: Callable[..., Any]
     receive: Callable[[DeviceState, Array], DeviceState]
@@ -107,30 +109,74 @@ def edge_programs(context: Context) -> Programs:
     return programs(context.header_dims, config.refine, context.mesh, config.compute.client_chunk)
 
 
-def exchange_sketches(context: Context, post: Post, edge: int, summaries: ClientData) -> Mixing:
-    """Every device sends its feature sketch once; the edge compares them.
+def exchange_sketches(
+    context: Context, post: Post, edge: int, summaries: ClientData, shared: Array | None = None
+) -> Mixing:
+    """Every device tells once how its data are distributed; the edge compares them.
+
+    By its feature sketch, or with similarity "kde" by its log densities where the edge asks. The
+    baseline "js" compares sketches in any case, which then do not travel.
 
     Args:
       context: of the run.
       post: counts the messages.
       edge: which edge.
       summaries: one vector for each of the devices' training samples [C, N, D].
+      shared: the same of the edge's shared data [S, D]; None: it has none to ask about.
+
+    Raises:
+      ConfigError: similarity "kde" without shared data.
     """
-    compiled = edge_programs(context)
+    compiled, ids = edge_programs(context), _device_ids(context, edge)
     form = context.config.refine.sketch_format
-    received = [
-        post.send(
-            FeatureSketch(number_formats.sketch(quantiles, form)),
-            tier="edge-device",
-            direction="up",
-            round=0,
-        )
+    sketches = [
+        number_formats.sketch(quantiles, form)
         for quantiles in np.asarray(compiled.sketch(summaries.inputs, summaries.size))
     ]
-    read = np.stack([number_formats.read(message.quantiles) for message in received])
-    mixing = compiled.mix(jnp.asarray(read), summaries.size, context.stream(Stream.SKETCH, edge))
+    log_density = None
+    if context.config.refine.similarity != "kde":
+        sketches = [
+            post.send_up(FeatureSketch(sketch), sender=sender, round=0).quantiles
+            for sketch, sender in zip(sketches, ids, strict=True)
+        ]
+    elif shared is not None:
+        log_density = _exchange_densities(context, post, edge, summaries, shared)
+    read = jnp.asarray(np.stack([number_formats.read(sketch) for sketch in sketches]))
+    key = context.stream(Stream.SKETCH, edge)
+    mixing = compiled.mix(read, summaries.size, key, log_density=log_density)
     host: Mixing = jax.tree.map(np.asarray, mixing)
     return host
+
+
+def density_question(context: Context, edge: int, shared: Array) -> DensityQuestion:
+    """What an edge asks its devices, the same every time; shared as for `exchange_sketches`."""
+    config = context.config.refine
+    return densities.question(
+        context.stream(Stream.DENSITY, edge),
+        shared,
+        num_dims=config.kde_dims,
+        num_references=config.num_references,
+    )
+
+
+def _exchange_densities(
+    context: Context, post: Post, edge: int, summaries: ClientData, shared: Array
+) -> Array:
+    """The edge asks all devices, each answers [C, M]."""
+    asked = density_question(context, edge, shared)
+    count = summaries.size.shape[0]
+    read = post.send(asked, tier="edge-device", direction="down", round=0, copies=count)
+    found = densities.answers(read, summaries.inputs, summaries.size)
+    senders = _device_ids(context, edge)
+    received = [
+        post.send_up(LogDensities(values), sender=sender, round=0).values
+        for values, sender in zip(np.asarray(found.log_density), senders, strict=True)
+    ]
+    return jnp.asarray(np.stack(received))
+
+
+def _device_ids(context: Context, edge: int) -> list[int]:
+    return [device.id for device in edge_devices(context.devices, edge)]
 
 
 def gates_per_round(context: Context, cell: StaticCell) -> int:
@@ -209,7 +255,7 @@ def run_edge(
 
     Args:
       context: of the run.
-      post: counts ACME's messages; its ledger is checkpointed with the rounds.
+      post: counts ACME's messages; its ledger and coded links are checkpointed with the rounds.
       edge: which edge.
       cell: of the edge's header.
       params: of that header in compact form, where every device starts.
@@ -230,7 +276,8 @@ def run_edge(
             f"edge {edge}: the header has {gates.size} gates, so {number} instead of "
             f"{config.prune_per_round} are pruned a round (refine.max_pruned_fraction)"
         )
-    ids = jnp.asarray([d.id for d in context.devices if d.edge == edge], jnp.int32)
+    senders = _device_ids(context, edge)
+    ids = jnp.asarray(senders, jnp.int32)
     rows = jnp.arange(len(METHODS) * count, dtype=jnp.int32)
     key = context.stream(Stream.REFINE, edge)
     prior = None
@@ -248,9 +295,9 @@ def run_edge(
             cohort, tiled, data, key, jnp.int32(index), ids
         )
         sets, form = np.array(updates), config.importance_format
-        for row in acme:
+        for row, sender in zip(acme, senders, strict=True):
             message = ImportanceSet(number_formats.importance(sets[row, gates], form))
-            received = post.send(message, tier="edge-device", direction="up", round=index + 1)
+            received = post.send_up(message, sender=sender, round=index + 1)
             sets[row, gates] = number_formats.read(received.importance)
         edge_state, _ = compiled.update_edge(cohort.edge, jnp.asarray(sets), tiled.size, rows)
         mixed = np.array(edge_state.personalized)
@@ -271,6 +318,10 @@ def run_edge(
         numbers |= {f"loss_{m}": float(loss) for m, loss in zip(METHODS, losses, strict=True)}
         return Cohort(edge_state, devices, linear_params), [numbers]
 
+    def restored(extra: dict[str, Any]) -> None:
+        post.from_records(extra["ledger"])
+        post.memories_from_records(extra.get("links", []))  # a checkpoint may be older than links
+
     def meter() -> RoundMeter:
         samples = config.local_epochs * int(np.sum(np.asarray(data.size)))
         return RoundMeter(
@@ -286,7 +337,7 @@ def run_edge(
         every=context.config.compute.checkpoint_every,
         initial=lambda: initial_cohort(context, cell, params, linear, mixing, prior),
         advance=advance,
-        extra=lambda: {"ledger": post.to_records()},
-        restored=lambda extra: post.from_records(extra["ledger"]),
+        extra=lambda: {"ledger": post.to_records(), "links": post.memories_to_records()},
+        restored=restored,
         meter=meter,
     )

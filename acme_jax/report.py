@@ -20,6 +20,7 @@ from acme_jax.tables import (
     devices_table,
     edges_table,
     methods_table,
+    quality_table,
     seconds_table,
     traffic_table,
 )
@@ -124,6 +125,7 @@ def write_report(
         _table(methods_table(results)),
         _picture("accuracy", pictures),
         _table(devices_table(results)),
+        _table(quality_table(results)),
         _loading(results, loading),
         _table(edges_table(results)),
         *(_picture(name, pictures) for name in ("pareto_front", "grid", "hypervolume")),

@@ -19,6 +19,7 @@ from acme_jax import (
     benchmark,
     cloud,
     concrete,
+    data_quality,
     device_folder,
     device_model,
     header_slots,
@@ -103,11 +104,13 @@ def evaluate(context: Context, post: Post, made: Cloud, edges: list[Edge]) -> di
     """The results dictionary: every number of the run that is not a time."""
     run = context.session.run
     versions = json.loads((run.path / "versions.json").read_text())
-    edge_rows, device_rows, similarity_rows = [], [], []
+    edge_rows, device_rows, similarity_rows, quality_rows = [], [], [], []
     for edge, outcome in enumerate(edges):
         edge_rows.append(_edge_row(context, made, edge, outcome))
         device_rows += _device_rows(context, edge, outcome, made.choices[edge].arch)
         similarity_rows.append(_similarity_row(context, edge, outcome))
+        if outcome.quality is not None:
+            quality_rows += data_quality.rows(edge_devices(context.devices, edge), outcome.quality)
     return {
         "preset": context.config.preset,
         "seed": context.config.seed,
@@ -126,6 +129,7 @@ def evaluate(context: Context, post: Post, made: Cloud, edges: list[Edge]) -> di
         "edges": edge_rows,
         "devices": device_rows,
         "similarity": similarity_rows,
+        **({"data_quality": quality_rows} if quality_rows else {}),
         "summary": _summary(device_rows),
         "traffic": _traffic(context, post, device_rows),
     }
@@ -393,6 +397,7 @@ def _similarity_row(context: Context, edge: int, outcome: Edge) -> dict[str, Any
     mixing = outcome.mixing
     return {
         "edge": edge,
+        "measure": context.config.refine.similarity,
         "devices": [device.id for device in edge_devices(context.devices, edge)],
         "distance": mixing.distance.tolist(),
         "similarity": mixing.similarity.tolist(),

@@ -1,8 +1,8 @@
 """The bidirectional single loop, from the first byte to the report.
 
 Down: the cloud trains a supernet and searches it, each edge gets the backbone that fits its
-devices and searches a header, each device gets both. Up: profiles, one feature sketch and an
-importance set a round. Read `run` from top to bottom.
+devices and searches a header, each device gets both. Up: profiles, one feature sketch (or log
+densities where the edge asks) and an importance set a round. Read `run` from top to bottom.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from acme_jax import cloud, encoders, phases, refine, slicing
+from acme_jax import cloud, data_quality, encoders, phases, refine, slicing
 from acme_jax.blocks import Params
 from acme_jax.cloud import Choice
 from acme_jax.config import Config
@@ -27,6 +27,7 @@ from acme_jax.fleet import REFERENCE_PROFILE, Device, edge_devices
 from acme_jax.messages import (
     BackboneMessage,
     ClusterProfile,
+    DataQuality,
     DeviceProfileMessage,
     HeaderMessage,
 )
@@ -60,6 +61,7 @@ class Edge(NamedTuple):
     header: EdgeHeader
     mixing: Mixing
     cohort: refine.Cohort
+    quality: list[DataQuality] | None  # of the devices' data, if asked for
 
 
 def run(
@@ -95,7 +97,7 @@ def run(
                 except (ValueError, OSError):
                     session.abandon()
                     raise
-            post = Post()
+            post = Post(config.refine.coding)
             clusters = register_devices(context, post)
             made = cloud_tier(context, clusters)
             edges = [
@@ -152,7 +154,7 @@ def edge_tier(
     )
     with context.session.phase(f"features, edge {edge}"):
         proxy = context.splits.train.inputs[proxy_indices(context)]
-        train_features, _ = compute_features(context, backbone, proxy)
+        train_features, shared = compute_features(context, backbone, proxy)
         select_features, _ = compute_features(context, backbone, context.splits.select.inputs)
         device_features = [
             compute_features(context, backbone, device.train.inputs) for device in devices
@@ -162,10 +164,14 @@ def edge_tier(
     labels = [device.train.labels for device in devices]
     tokens, summaries = zip(*device_features, strict=True)
     sketched = stack_devices(context, summaries, labels)
-    mixing = refine.exchange_sketches(context, post, edge, sketched)
+    features = jnp.asarray(shared)
+    mixing = refine.exchange_sketches(context, post, edge, sketched, features)
+    quality = None
+    if context.config.refine.data_quality:
+        quality = data_quality.exchange(context, post, edge, sketched, features)
     data = stack_devices(context, tokens, labels)
     cohort = refine.run_edge(context, post, edge, found.cell, received, found.linear, data, mixing)
-    return Edge(backbone, found, mixing, cohort)
+    return Edge(backbone, found, mixing, cohort, quality)
 
 
 def stack_devices(

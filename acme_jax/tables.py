@@ -173,6 +173,29 @@ def edges_table(results: Results) -> Table:
     )
 
 
+def quality_table(results: Results) -> Table:
+    """What devices reported of their training data, where they were asked."""
+    names = ("log_likelihood", "label_entropy", "approximate_entropy", "lempel_ziv_entropy")
+    rows = [
+        (
+            str(row["device"]),
+            str(row["edge"]),
+            *(NONE if row[name] is None else f"{row[name]:.3f}" for name in names),
+        )
+        for row in results.get("data_quality", ())
+    ]
+    return Table(
+        "Quality of the devices' data",
+        ("device", "edge", "log-likelihood", "label entropy", "ApEn", "Lempel-Ziv"),
+        tuple(rows),
+        "Nats. Log-likelihood: of a sample by the device's others, a dimension of the edge's "
+        "projection; compare devices of one edge. ApEn and Lempel-Ziv: of texts' token sequences. "
+        "ApEn of short sequences over many tokens measures their length (all different looks like "
+        "constant): read Lempel-Ziv beside it. And runs that differ in depth and width only cannot "
+        "tell what the data are worth.",
+    )
+
+
 def traffic_table(results: Results) -> Table:
     """Bytes by tier, direction and kind of message, and the centralised totals."""
     rows = [
@@ -240,8 +263,8 @@ def print_results(
     console = console or Console()
     if not console.is_terminal and console.width < _WIDTH:
         console = Console(file=console.file, width=_WIDTH)
-    tables = (devices_table(results), methods_table(results), traffic_table(results))
-    for table in (*tables, seconds_table(timing)):
+    tables = (devices_table(results), methods_table(results), quality_table(results))
+    for table in (*tables, traffic_table(results), seconds_table(timing)):
         if table.rows:
             console.print(_to_rich(table))
             console.print(Text(table.note, "dim"))

@@ -34,7 +34,7 @@ METHODS: dict[str, Method] = {
     "alone": Method("alone", "own importance", "gates pruned by the device's own importance"),
     "avg": Method("avg", "plain average", "gates pruned by the edge's average importance"),
     "js": Method("js", "Jensen-Shannon", "importance mixed by Jensen-Shannon similarity of data"),
-    "wasserstein": Method("ACME", "ACME", "importance mixed by Wasserstein similarity of data"),
+    "wasserstein": Method("ACME", "ACME", "importance mixed by similarity of the devices' data"),
 }
 
 

@@ -73,7 +73,14 @@ class _CountingPost(Post):
         self.values: Counter[tuple[str, ...]] = Counter()
 
     def send(
-        self, message: MessageT, *, tier: str, direction: Direction, round: int, copies: int = 1
+        self,
+        message: MessageT,
+        *,
+        tier: str,
+        direction: Direction,
+        round: int,
+        copies: int = 1,
+        sender: int | None = None,
     ) -> MessageT:
         place = (tier, direction, messages.kind(message))
         self.compressed[place] += copies * len(zlib.compress(messages.encode(message), 9))
@@ -81,7 +88,9 @@ class _CountingPost(Post):
             values = number_formats.read(message.importance)
             self.values[place] += values.size
             self.zeros[place] += int(np.sum(values == 0))
-        return super().send(message, tier=tier, direction=direction, round=round, copies=copies)
+        return super().send(
+            message, tier=tier, direction=direction, round=round, copies=copies, sender=sender
+        )
 
 
 def measured(study: Study, models: Models) -> list[Row]:

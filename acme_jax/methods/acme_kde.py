@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from acme_jax import densities
 from acme_jax.methods import acme
 from acme_jax.methods.method import Built, Method, MethodError
 from acme_jax.methods.problem import Problem
-from fed import kde_device, kde_edge, similarity
+from fed import similarity
 
 NUM_DIMS = 8
 NUM_REFERENCES = 200
@@ -29,29 +27,20 @@ def build(problem: Problem) -> Built:
             "acme_kde needs public samples at the edge for its reference points, and this problem "
             "has none; acme, feddh and heterofl do without"
         )
-    project_key, draw_key = jax.random.split(jax.random.fold_in(problem.key, 2))
     features = problem.public.features
-    num_dims = min(NUM_DIMS, features.shape[1])
-    projection = kde_edge.make_projection(project_key, features, num_dims)
-    rows = jax.random.permutation(draw_key, features.shape[0])[:NUM_REFERENCES]
-    references = kde_device.project(projection, features[rows])
-    data = problem.data
-    masks = jnp.arange(data.labels.shape[1])[None] < data.size[:, None]
-
-    @jax.jit
-    @functools.partial(jax.vmap, in_axes=(0, 0))
-    def report(features: jax.Array, mask: jax.Array) -> kde_device.Report:
-        # One bandwidth for all kernels, because devices have few samples.
-        return kde_device.report(projection, references, features, mask, shared=True)[0]
-
-    reports = report(data.inputs, masks)
-    distance = kde_edge.pairwise_kde(reports.log_density)
+    asked = densities.question(
+        jax.random.fold_in(problem.key, 2),
+        features,
+        num_dims=min(NUM_DIMS, features.shape[1]),
+        num_references=NUM_REFERENCES,
+    )
+    found = densities.answers(asked, problem.data.inputs, problem.data.size)
+    distance = densities.distances(found.log_density)
     built = acme.build(problem, similarity.weights(distance, temperature=TEMPERATURE))
-    sent = jax.tree.map(np.asarray, reports)
-    asked = [np.asarray(leaf) for leaf in (*projection, references)]
+    sent = np.asarray(found.log_density), np.asarray(found.quality)
     return built._replace(
-        setup_up=lambda row: [sent.log_density[row], sent.quality[row]],
-        setup_down=lambda row: asked,
+        setup_up=lambda row: [part[row] for part in sent],
+        setup_down=lambda row: [np.asarray(leaf) for leaf in asked],
     )
 
 

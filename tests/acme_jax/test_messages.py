@@ -31,6 +31,11 @@ EXAMPLES = {
     "feature_sketch": messages.FeatureSketch(np.linspace(0, 1, 12).astype("f2").reshape(3, 4)),
     "importance_set": messages.ImportanceSet(np.geomspace(1e-9, 1, 256).astype("f4")),
     "personalized_importance": messages.PersonalizedImportance(np.ones(5, np.float32)),
+    "density_question": messages.DensityQuestion(
+        np.eye(4, 2, dtype="f4"), np.ones(2, "f4"), np.arange(6, dtype="f4").reshape(3, 2)
+    ),
+    "log_densities": messages.LogDensities(np.linspace(-900, 2, 7).astype("f4")),
+    "data_quality": messages.DataQuality(np.float32(-2.5), np.float32(1.25), None, None),
 }
 
 
@@ -250,6 +255,9 @@ def test_wrong_headers_with_a_right_checksum_are_message_errors(kind, header):
     [
         (messages.ImportanceSet(np.ones(3)), "must be float32 with 1 axes"),
         (messages.FeatureSketch(np.full((2, 2), np.inf, np.float16)), "NaN or infinite"),
+        (messages.LogDensities(np.full(2, -np.inf, np.float32)), "NaN or infinite"),
+        (messages.LogDensities(None), "must be float32 with 1 axes"),
+        (messages.DataQuality(np.float32(np.nan), None, None, None), "NaN or infinite"),
         (messages.HeaderMessage((), {"a": "text"}), "cannot send str"),
         (messages.HeaderMessage((), {1: np.ones(2)}), "keys must be strings"),
         (messages.DeviceProfileMessage(0, 1.5, 2, PROFILE), "budget_bytes must be int"),
