@@ -109,6 +109,21 @@ def select_rows(which: jax.Array, tree: Any, other: Any) -> Any:
     )
 
 
+def newest(held: Any, updates: Any, arrived: jax.Array, rows: jax.Array) -> Any:
+    """What a server holds of each client, after some have sent something newer.
+
+    Args:
+      held: leaves [C, ...].
+      updates: the same tree with leaves [K, ...].
+      arrived: bool [K].
+      rows: int [K], the clients that sent them; of several from one client the last counts.
+    """
+    num_clients = jax.tree.leaves(held)[0].shape[0]
+    order = jnp.where(arrived, jnp.arange(rows.shape[0]), -1)
+    last = jnp.full(num_clients, -1, order.dtype).at[rows].max(order)
+    return select_rows(last >= 0, take_row(updates, jnp.maximum(last, 0)), held)
+
+
 def _step(algorithm: FedAlgorithm, server_state: Any, sent: Sent) -> tuple[Any, Any]:
     heard = (sent.weights > 0).any()
     # With weights of 1 a mean of nothing is defined, too; it is not used.
