@@ -33,12 +33,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from acme_jax import bert, densities, refine
+from acme_jax import bert, densities, exchange
 from acme_jax.bert import BertConfig
 from acme_jax.context import Context
-from acme_jax.density_messages import DataQuality
 from acme_jax.encoders import EncoderConfig
 from acme_jax.fleet import Device, edge_devices
+from acme_jax.message_records import DataQuality
 from acme_jax.post import Post
 from fed.clients import ClientData
 from nas.entropy import approximate_entropy, label_entropy, lempel_ziv_entropy
@@ -83,7 +83,7 @@ def measure(device: Device, log_likelihood: float, encoder: EncoderConfig) -> Da
     return DataQuality(*known, *[None] * (4 - len(known)))
 
 
-def exchange(
+def collect(
     context: Context, post: Post, edge: int, summaries: ClientData, shared: Array
 ) -> list[DataQuality]:
     """Every device reports its numbers to its edge.
@@ -96,7 +96,7 @@ def exchange(
       shared: the same of the edge's shared data [S, D], for the projection.
     """
     devices = edge_devices(context.devices, edge)
-    asked = refine.density_question(context, edge, shared)
+    asked = exchange.density_question(context, edge, shared)
     if context.config.refine.similarity != "kde":  # else devices have it
         asked = asked._replace(references=np.asarray(asked.references)[:0])
         asked = post.send(asked, tier="edge-device", direction="down", round=0, copies=len(devices))

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array, lax
 
 from acme_jax.config import ConfigError, RefineConfig
-from acme_jax.density_messages import DensityQuestion
+from acme_jax.message_records import DensityQuestion
 from fed import kde_device, kde_edge
 from fed.kde import outlier_score
 from fed.kde_device import Projection

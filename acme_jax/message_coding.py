@@ -71,13 +71,13 @@ class _Form(NamedTuple):
     shape: tuple[int, ...]
 
     @property
-    def count(self) -> int:
+    def num_symbols(self) -> int:
         return math.prod(self.shape)
 
     @property
     def num_raw(self) -> int:
         """Bytes that travel as they are."""
-        return 2 * _SCALE.itemsize if self.scheme != "f" else self.count * (self.size - 1)
+        return 2 * _SCALE.itemsize if self.scheme != "f" else self.num_symbols * (self.size - 1)
 
     @property
     def rules(self) -> Rules:
@@ -185,8 +185,8 @@ def _form(header: bytes) -> _Form:
     if match is None:
         raise ValueError(f"cannot code a message with fields {nodes}")
     form = _Form(match[1], int(match[2]), tuple(int(size) for size in match[3].split(",")))
-    if form.count > _MAX_SYMBOLS:
-        raise ValueError(f"cannot code {form.count} numbers; at most {_MAX_SYMBOLS}")
+    if form.num_symbols > _MAX_SYMBOLS:
+        raise ValueError(f"cannot code {form.num_symbols} numbers; at most {_MAX_SYMBOLS}")
     return form
 
 
@@ -205,16 +205,16 @@ def _mixed(state: State, other: bytes) -> State:
 def _divide(form: _Form, payload: bytes) -> tuple[NDArray[np.uint8], bytes]:
     """An encoded message's symbols, in the array's shape, and the bytes beside them."""
     if form.scheme == "f":
-        columns = np.frombuffer(payload, np.uint8).reshape(form.count, form.size)
+        columns = np.frombuffer(payload, np.uint8).reshape(form.num_symbols, form.size)
         return columns[:, -1].reshape(form.shape), columns[:, :-1].tobytes()
-    codes = unpack_bits(payload[form.num_raw :], form.size, form.count)
+    codes = unpack_bits(payload[form.num_raw :], form.size, form.num_symbols)
     return codes.reshape(form.shape), payload[: form.num_raw]
 
 
 def _join(form: _Form, symbols: NDArray[np.uint8], raw: bytes) -> bytes:
     """Inverse of `_divide`."""
     if form.scheme == "f":
-        low = np.frombuffer(raw, np.uint8).reshape(form.count, form.size - 1)
+        low = np.frombuffer(raw, np.uint8).reshape(form.num_symbols, form.size - 1)
         return np.concatenate([low, symbols.reshape(-1, 1)], axis=1).tobytes()
     return raw + pack_bits(symbols, form.size)
 

@@ -1,6 +1,7 @@
 """The messages that travel between cloud, edges and devices, and their bytes on the wire.
 
-Each message of the bidirectional single loop (ACME, ICDCS 2025) is a typed, immutable record:
+Each message of the bidirectional single loop (ACME, ICDCS 2025) is a typed, immutable record of
+`acme_jax.message_records`:
 
   up      device -> edge   `DeviceProfileMessage`, `FeatureSketch` or `LogDensities`,
                            `DataQuality` (once), `ImportanceSet` (a round)
@@ -33,9 +34,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from acme_jax.density_messages import DataQuality, DensityQuestion, LogDensities
+from acme_jax.message_records import (
+    BackboneMessage,
+    ClusterProfile,
+    DataQuality,
+    DensityQuestion,
+    DeviceProfileMessage,
+    FeatureSketch,
+    HeaderMessage,
+    ImportanceSet,
+    LogDensities,
+    PersonalizedImportance,
+)
 from acme_jax.message_trees import MessageError, Reader, pack
 from acme_jax.number_formats import CodedArray, Scheme
 from nas.arch import Arch
@@ -61,71 +72,10 @@ __all__ = [
     "kind",
 ]
 
-Params = Any
-"""A parameter pytree: nested dictionaries (string keys), lists and tuples of arrays."""
-
 MAGIC = b"ACME"
 VERSION = 1
 _PREFIX = struct.Struct("<4sBBI")
 _CHECKSUM = struct.Struct("<I")
-
-
-class DeviceProfileMessage(NamedTuple):
-    """Device to edge, once: what the device can hold and how fast it is."""
-
-    device: int
-    budget_bytes: int
-    """Largest model the device accepts."""
-    num_samples: int
-    profile: DeviceProfile
-    """Latency and power constants (floats)."""
-
-
-class ClusterProfile(NamedTuple):
-    """Edge to cloud, once: the summary of the edge's devices."""
-
-    edge: int
-    num_devices: int
-    limits: ArrayLike
-    """int64 [N]: each device's budget in bytes."""
-    profile: DeviceProfile
-    """Latency and power constants that the search uses for this edge (floats)."""
-
-
-class BackboneMessage(NamedTuple):
-    """Cloud to edge, then edge to device, once: the chosen sub-network, really sliced."""
-
-    arch: Arch
-    params: Params
-
-
-class HeaderMessage(NamedTuple):
-    """Edge to device, once: the searched header."""
-
-    cell: tuple[tuple[int, int, int, int], ...]
-    """One (x, op_x, y, op_y) a block."""
-    params: Params
-
-
-class FeatureSketch(NamedTuple):
-    """Device to edge, once: the distribution of its features, not the features."""
-
-    quantiles: ArrayLike | CodedArray
-    """float16 [Q, D], or linear codes: Q quantiles of each of the D features."""
-
-
-class ImportanceSet(NamedTuple):
-    """Device to edge, each round: the importance of every gate of its header."""
-
-    importance: ArrayLike | CodedArray
-    """float32 [G], or logarithmic codes."""
-
-
-class PersonalizedImportance(NamedTuple):
-    """Edge to device, each round: the importances mixed for this device."""
-
-    importance: ArrayLike | CodedArray
-    """float32 [G], or logarithmic codes."""
 
 
 Message = (
@@ -174,7 +124,7 @@ class _Form(NamedTuple):
     """Whether None may stand instead."""
 
 
-_ARRAYS = {
+_ARRAYS: dict[tuple[type, str], _Form] = {
     (ClusterProfile, "limits"): _Form("int64", 1),
     (FeatureSketch, "quantiles"): _Form("float16", 2, "linear"),
     (ImportanceSet, "importance"): _Form("float32", 1, "log"),

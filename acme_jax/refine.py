@@ -18,17 +18,16 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from acme_jax import densities, header_layout, header_slots, label_prior, number_formats
 from acme_jax import device as device_tier
+from acme_jax import header_layout, header_slots, label_prior, number_formats
 from acme_jax.blocks import Params
 from acme_jax.config import RefineConfig
 from acme_jax.context import Context, Stream
-from acme_jax.density_messages import DensityQuestion, LogDensities
 from acme_jax.device import DeviceState, EdgeState, Mixing
 from acme_jax.fleet import edge_devices
 from acme_jax.header_layout import HeaderDims
 from acme_jax.layout import replicate
-from acme_jax.messages import FeatureSketch, ImportanceSet, PersonalizedImportance
+from acme_jax.messages import ImportanceSet, PersonalizedImportance
 from acme_jax.performance import RoundMeter, measured_peak
 from acme_jax.post import Post
 from acme_jax.session import Rows
@@ -107,76 +106,6 @@ def edge_programs(context: Context) -> Programs:
     """The run's compiled refinement."""
     config = context.config
     return programs(context.header_dims, config.refine, context.mesh, config.compute.client_chunk)
-
-
-def exchange_sketches(
-    context: Context, post: Post, edge: int, summaries: ClientData, shared: Array | None = None
-) -> Mixing:
-    """Every device tells once how its data are distributed; the edge compares them.
-
-    By its feature sketch, or with similarity "kde" by its log densities where the edge asks. The
-    baseline "js" compares sketches in any case, which then do not travel.
-
-    Args:
-      context: of the run.
-      post: counts the messages.
-      edge: which edge.
-      summaries: one vector for each of the devices' training samples [C, N, D].
-      shared: the same of the edge's shared data [S, D]; None: it has none to ask about.
-
-    Raises:
-      ConfigError: similarity "kde" without shared data.
-    """
-    compiled, ids = edge_programs(context), _device_ids(context, edge)
-    form = context.config.refine.sketch_format
-    sketches = [
-        number_formats.sketch(quantiles, form)
-        for quantiles in np.asarray(compiled.sketch(summaries.inputs, summaries.size))
-    ]
-    log_density = None
-    if context.config.refine.similarity != "kde":
-        sketches = [
-            post.send_up(FeatureSketch(sketch), sender=sender, round=0).quantiles
-            for sketch, sender in zip(sketches, ids, strict=True)
-        ]
-    elif shared is not None:
-        log_density = _exchange_densities(context, post, edge, summaries, shared)
-    read = jnp.asarray(np.stack([number_formats.read(sketch) for sketch in sketches]))
-    key = context.stream(Stream.SKETCH, edge)
-    mixing = compiled.mix(read, summaries.size, key, log_density=log_density)
-    host: Mixing = jax.tree.map(np.asarray, mixing)
-    return host
-
-
-def density_question(context: Context, edge: int, shared: Array) -> DensityQuestion:
-    """What an edge asks its devices, the same every time; shared as for `exchange_sketches`."""
-    config = context.config.refine
-    return densities.question(
-        context.stream(Stream.DENSITY, edge),
-        shared,
-        num_dims=config.kde_dims,
-        num_references=config.num_references,
-    )
-
-
-def _exchange_densities(
-    context: Context, post: Post, edge: int, summaries: ClientData, shared: Array
-) -> Array:
-    """The edge asks all devices, each answers [C, M]."""
-    asked = density_question(context, edge, shared)
-    count = summaries.size.shape[0]
-    read = post.send(asked, tier="edge-device", direction="down", round=0, copies=count)
-    found = densities.answers(read, summaries.inputs, summaries.size)
-    senders = _device_ids(context, edge)
-    received = [
-        post.send_up(LogDensities(values), sender=sender, round=0).values
-        for values, sender in zip(np.asarray(found.log_density), senders, strict=True)
-    ]
-    return jnp.asarray(np.stack(received))
-
-
-def _device_ids(context: Context, edge: int) -> list[int]:
-    return [device.id for device in edge_devices(context.devices, edge)]
 
 
 def gates_per_round(context: Context, cell: StaticCell) -> int:
@@ -261,7 +190,7 @@ def run_edge(
       params: of that header in compact form, where every device starts.
       linear: parameters of the linear header, likewise.
       data: the devices' training features, rows [C].
-      mixing: from `exchange_sketches`.
+      mixing: from `acme_jax.exchange.compare`.
 
     Returns:
       The cohort after the last round, every personalised set applied.
@@ -276,7 +205,7 @@ def run_edge(
             f"edge {edge}: the header has {gates.size} gates, so {number} instead of "
             f"{config.prune_per_round} are pruned a round (refine.max_pruned_fraction)"
         )
-    senders = _device_ids(context, edge)
+    senders = [device.id for device in edge_devices(context.devices, edge)]
     ids = jnp.asarray(senders, jnp.int32)
     rows = jnp.arange(len(METHODS) * count, dtype=jnp.int32)
     key = context.stream(Stream.REFINE, edge)

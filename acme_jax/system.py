@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from acme_jax import cloud, data_quality, encoders, phases, refine, slicing
+from acme_jax import cloud, data_quality, encoders, exchange, phases, refine, slicing
 from acme_jax.blocks import Params
 from acme_jax.cloud import Choice
 from acme_jax.config import Config
@@ -165,10 +165,10 @@ def edge_tier(
     tokens, summaries = zip(*device_features, strict=True)
     sketched = stack_devices(context, summaries, labels)
     features = jnp.asarray(shared)
-    mixing = refine.exchange_sketches(context, post, edge, sketched, features)
+    mixing = exchange.compare(context, post, edge, sketched, features)
     quality = None
     if context.config.refine.data_quality:
-        quality = data_quality.exchange(context, post, edge, sketched, features)
+        quality = data_quality.collect(context, post, edge, sketched, features)
     data = stack_devices(context, tokens, labels)
     cohort = refine.run_edge(context, post, edge, found.cell, received, found.linear, data, mixing)
     return Edge(backbone, found, mixing, cohort, quality)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib
 import sys
 import tempfile
@@ -27,10 +28,17 @@ import numpy as np
 import tyro
 
 from acme_jax import layout
-from acme_jax.config import Config, FleetConfig, ImportanceFormat, RefineConfig, SketchFormat
+from acme_jax.config import (
+    Config,
+    FleetConfig,
+    ImportanceFormat,
+    RefineConfig,
+    Similarity,
+    SketchFormat,
+)
 from acme_jax.experiments.settings import settings
 
-SIMILARITIES = ("per_dimension", "flat", "kde")
+SIMILARITIES: tuple[Similarity, ...] = ("per_dimension", "flat", "kde")
 BASELINES = ("no_pruning", "alone", "avg")
 FORMATS: dict[str, tuple[ImportanceFormat, SketchFormat]] = {
     "float": ("float32", "float16"),
@@ -76,7 +84,7 @@ def compressors() -> dict[str, Callable[[bytes], bytes]]:
             module = importlib.import_module(name)
         except ImportError:
             continue
-        found["zstd"] = lambda data, module=module: module.compress(data, level=19)
+        found["zstd"] = functools.partial(module.compress, level=19)
         break
     return found
 
@@ -121,7 +129,7 @@ def run_seed(config: Config, directory: Path, reporter: Any, stop: Any) -> list[
     import jax
     import jax.numpy as jnp
 
-    from acme_jax import header, refine, system
+    from acme_jax import exchange, header, refine, system
     from acme_jax.experiments import cohorts, final, traffic
     from acme_jax.experiments.study import open_study
     from acme_jax.post import Post
@@ -154,17 +162,19 @@ def run_seed(config: Config, directory: Path, reporter: Any, stop: Any) -> list[
         shared = jnp.asarray(system.compute_features(context, models.backbone, proxy)[1])
         dims = context.header_dims
         linear = header.init_linear(study.key("linear"), dims.embed_dim, dims.num_classes)
-        states, traffic_of, streams = {}, {}, []
+        streams: list[list[Any]] = []
+        states: dict[str, Any] = {}
+        traffic_of: dict[str, dict[str, float]] = {}
         for name in SIMILARITIES:
             post = Listening()
             changed = dataclasses.replace(config.refine, similarity=name)
-            mixing = refine.exchange_sketches(
+            mixing = exchange.compare(
                 dataclasses.replace(context, config=dataclasses.replace(config, refine=changed)),
                 post, 0, summaries, shared,
             )  # fmt: skip
             traffic_of[name] = {
-                f"{direction}_bytes": post.ledger.total(direction=direction) / len(fleet)
-                for direction in ("up", "down")
+                "up_bytes": post.ledger.total(direction="up") / len(fleet),
+                "down_bytes": post.ledger.total(direction="down") / len(fleet),
             }
             with tempfile.TemporaryDirectory() as place:
                 run = RunDirectory.create_or_open(place, config, resume=False)
@@ -174,7 +184,7 @@ def run_seed(config: Config, directory: Path, reporter: Any, stop: Any) -> list[
                     post, 0, models.cell, models.header, linear, tokens, mixing,
                 )  # fmt: skip
                 run.close()
-            methods = {name: "wasserstein"}
+            methods: dict[str, str] = {name: "wasserstein"}
             if name == SIMILARITIES[0]:
                 methods |= {baseline: baseline for baseline in BASELINES}
                 streams = list(post.streams.values())

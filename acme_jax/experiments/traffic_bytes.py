@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from acme_jax import (
+    exchange,
     header,
     header_layout,
     messages,
@@ -150,7 +151,7 @@ def _refine_once(
             received = system.send_models(post, choice, backbone, found, context.devices)
             labels = [device.train.labels for device in context.devices]
             tokens, summaries = zip(*features, strict=True)
-            mixing = refine.exchange_sketches(
+            mixing = exchange.compare(
                 context, post, 0, system.stack_devices(context, summaries, labels)
             )
             data = system.stack_devices(context, tokens, labels)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from acme_jax import device as device_tier
-from acme_jax import refine
+from acme_jax import exchange, refine
 from acme_jax.config import Config, RefineConfig
 from acme_jax.device import DeviceState
 from acme_jax.experiments import (
@@ -133,7 +133,7 @@ def refine_edge(
     context, model = study.context, edge.model
     config = context.config.refine
     pruned = refine.gates_per_round(context, model.cell)
-    mixing = refine.exchange_sketches(context, Post(), edge.number, summaries)
+    mixing = exchange.compare(context, Post(), edge.number, summaries)
     count = summaries.size.shape[0]
     states = cohorts.refine(
         study.key("whole_system refinement", edge.number),

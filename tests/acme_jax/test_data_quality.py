@@ -12,7 +12,7 @@ import tiny
 import untrained_edge
 from fake_results import make_results
 
-from acme_jax import data_quality, densities, refine, tables
+from acme_jax import data_quality, densities, exchange, tables
 from acme_jax.bert import BertConfig
 from acme_jax.post import Post
 from nas.entropy import approximate_entropy
@@ -94,9 +94,9 @@ def test_the_documented_traps_are_true():
 
 def test_devices_report_once(setting):
     post = Post()
-    reports = data_quality.exchange(setting.context, post, 0, setting.summaries, setting.shared)
+    reports = data_quality.collect(setting.context, post, 0, setting.summaries, setting.shared)
     devices = [d for d in setting.context.devices if d.edge == 0]
-    asked = refine.density_question(setting.context, 0, setting.shared)
+    asked = exchange.density_question(setting.context, 0, setting.shared)
     found = densities.answers(asked, setting.summaries.inputs, setting.summaries.size)
     for place, (report, own) in enumerate(zip(reports, devices, strict=True)):
         shares = np.bincount(own.train.labels) / len(own.train)
@@ -125,8 +125,8 @@ def test_with_kde_the_question_is_not_sent_again(setting):
         setting.context, config=dataclasses.replace(config, refine=changed)
     )
     post = Post()
-    again = data_quality.exchange(context, post, 0, setting.summaries, setting.shared)
-    plain = data_quality.exchange(setting.context, Post(), 0, setting.summaries, setting.shared)
+    again = data_quality.collect(context, post, 0, setting.summaries, setting.shared)
+    plain = data_quality.collect(setting.context, Post(), 0, setting.summaries, setting.shared)
     assert list(post.ledger.totals_by("kind")) == [("data_quality",)]
     np.testing.assert_allclose(
         [r.log_likelihood for r in again], [r.log_likelihood for r in plain], rtol=1e-5

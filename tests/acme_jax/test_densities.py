@@ -10,7 +10,7 @@ import scipy.special
 import scipy.stats
 import untrained_edge
 
-from acme_jax import densities, messages, refine
+from acme_jax import densities, exchange, messages
 from acme_jax.config import ConfigError, RefineConfig
 from acme_jax.fleet_refinement import FleetSetup
 from acme_jax.header_layout import HeaderDims
@@ -124,7 +124,7 @@ class Listening(Post):
 
 def test_only_answers_travel(setting):
     post = Listening()
-    mixing = refine.exchange_sketches(setting.context, post, 0, setting.summaries, setting.shared)
+    mixing = exchange.compare(setting.context, post, 0, setting.summaries, setting.shared)
     up = [message for direction, message in post.sent if direction == "up"]
     assert [type(message) for message in up] == [messages.LogDensities] * 3
     answers = np.stack([message.values for message in up])
@@ -170,7 +170,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(setting, tmp_path):
 
 def test_an_edge_without_shared_data_is_refused(setting):
     with pytest.raises(ConfigError, match="this edge has no reference points"):
-        refine.exchange_sketches(setting.context, Post(), 0, setting.summaries)
+        exchange.compare(setting.context, Post(), 0, setting.summaries)
     cell = untrained_edge.CELL
     with pytest.raises(ConfigError, match="simulated fleet's edges have no reference points"):
         FleetSetup(cell, HeaderDims(2, 2, 4, 4, 2, 2, 3), RefineConfig(similarity="kde"))

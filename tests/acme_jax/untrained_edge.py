@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from acme_jax import encoders, header, refine, slicing, supernet, system
+from acme_jax import encoders, exchange, header, refine, slicing, supernet, system
 from acme_jax.config import Config
 from acme_jax.context import Context, make_context, proxy_indices
 from acme_jax.device import Mixing
@@ -59,7 +59,7 @@ def opened(config, directory, stop=None):
 def refined(setting, post) -> tuple[Mixing, refine.Cohort]:
     """The run's own exchange and refinement of edge 0."""
     context, data = setting.context, setting.tokens
-    mixing = refine.exchange_sketches(context, post, 0, setting.summaries, setting.shared)
+    mixing = exchange.compare(context, post, 0, setting.summaries, setting.shared)
     cohort = refine.run_edge(context, post, 0, CELL, setting.header, setting.linear, data, mixing)
     return mixing, cohort
 
