@@ -109,6 +109,25 @@ def select_rows(which: jax.Array, tree: Any, other: Any) -> Any:
     )
 
 
+def newest(held: Any, updates: Any, arrived: jax.Array, rows: jax.Array) -> Any:
+    """What a server holds of every client, with what it was sent since.
+
+    Args:
+      held: leaves [C, ...].
+      updates: leaves [K, ...].
+      arrived: bool [K].
+      rows: int [K], of the cohort; of several updates of one row the last that arrived counts.
+    """
+    order = jnp.where(arrived, jnp.arange(rows.shape[0]), -1)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        last = jnp.full(old.shape[0], -1, order.dtype).at[rows].max(order)
+        known = (last >= 0).reshape(-1, *[1] * (old.ndim - 1))
+        return jnp.where(known, new[jnp.maximum(last, 0)], old)
+
+    return jax.tree.map(put, held, updates)
+
+
 def _step(algorithm: FedAlgorithm, server_state: Any, sent: Sent) -> tuple[Any, Any]:
     heard = (sent.weights > 0).any()
     # With weights of 1 a mean of nothing is defined, too; it is not used.

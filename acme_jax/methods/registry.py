@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from acme_jax.methods import acme, acme_kde, celora, controls, feddhad, fedvtc, pa3dfl
+from acme_jax.methods import acme, acme_kde, celora, controls, feddhad, fedvtc, pa3dfl, pfedhr
 from acme_jax.methods.method import Method, MethodError
 
 METHODS: dict[str, Method] = {
@@ -23,6 +23,7 @@ METHODS: dict[str, Method] = {
         celora.FROZEN,
         fedvtc.METHOD,
         pa3dfl.METHOD,
+        pfedhr.METHOD,
     )
 }
 

@@ -20,6 +20,7 @@ import optax
 from fed.aggregate import personalized_mean
 from fed.algorithm import FedAlgorithm
 from fed.algorithms.local_sgd import LossFn, SgdState, make_step, start
+from fed.arrivals import newest
 from fed.cka import pairwise_cka
 from fed.clients import replicate
 from fed.tri_matrix import cores, freeze_basis, with_cores
@@ -83,7 +84,7 @@ def celora(
     def server_update(
         state: CeLoraServer, updates: jax.Array, weights: jax.Array, rows: jax.Array
     ) -> tuple[CeLoraServer, dict[str, jax.Array]]:
-        received = _newest(state.received, updates, weights > 0, rows)
+        received = newest(state.received, updates, weights > 0, rows)
         mixing = mixing_weights(state.data, pairwise_cka(received), data_share)
         personalized = personalized_mean(mixing, received)
         return CeLoraServer(received, personalized, state.data), {"self_weight": jnp.diag(mixing)}
@@ -128,11 +129,3 @@ def mixing_weights(data: jax.Array, model: jax.Array, data_share: float | jax.Ar
     """
     both = data_share * data + (1 - data_share) * model
     return both / both.sum(axis=1, keepdims=True)
-
-
-def _newest(held: jax.Array, updates: jax.Array, arrived: jax.Array, rows: jax.Array) -> jax.Array:
-    """Rows of `held` [C, ...] replaced by the last update [K, ...] that arrived for them."""
-    order = jnp.where(arrived, jnp.arange(rows.shape[0]), -1)
-    last = jnp.full(held.shape[0], -1, order.dtype).at[rows].max(order)
-    new = updates[jnp.maximum(last, 0)]
-    return jnp.where((last >= 0).reshape(-1, *[1] * (held.ndim - 1)), new, held)
