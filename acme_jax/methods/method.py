@@ -47,6 +47,9 @@ class Built(NamedTuple):
     setup_down: Callable[[int], Payload] = lambda row: ()
     """(row) -> what travels once, before the first round."""
     setup_up: Callable[[int], Payload] = lambda row: ()
+    down_bytes: Callable[[Any], np.ndarray] | None = None
+    """(the server's metrics, leaves [R, ...]) -> [C] bytes that went down in all rounds, for
+    messages whose size changes from round to round; None: `down` of the first, R times."""
 
 
 class Method(NamedTuple):

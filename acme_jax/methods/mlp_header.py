@@ -47,12 +47,12 @@ class MlpHeader:
         """
         ones = jnp.ones((1, self.num_hidden))
         first, second = (ones, ones) if gates is None else gates.reshape(2, 1, -1)
-        inner = jax.nn.relu(_dense(params["first"], features)) * first
-        return jax.nn.relu(_dense(params["second"], inner)) * second
+        inner = jax.nn.relu(dense(params["first"], features)) * first
+        return jax.nn.relu(dense(params["second"], inner)) * second
 
     def logits(self, params: Params, features: Array, gates: Array | None = None) -> Array:
         """Features [B, F] -> [B, num_classes]."""
-        return _dense(params["last"], self.hidden(params, features, gates))
+        return dense(params["last"], self.hidden(params, features, gates))
 
     def units(self, capacity: float) -> int:
         """Hidden units of each layer that a client of this capacity holds, at least one."""
@@ -94,5 +94,6 @@ def prefix_masks(header: MlpHeader, capacities: np.ndarray) -> Params:
     return jax.vmap(header.mask)(kept, kept)
 
 
-def _dense(layer: Params, inputs: Array) -> Array:
+def dense(layer: Params, inputs: Array) -> Array:
+    """One layer before its nonlinearity: [B, in] -> [B, out]."""
     return inputs @ layer["kernel"] + layer["bias"][None]

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from acme_jax.methods import acme, acme_kde, celora, controls, feddhad, fedmosaic, fedvtc, pa3dfl
+from acme_jax.methods import (
+    acme,
+    acme_kde,
+    celora,
+    controls,
+    feddhad,
+    fedmosaic,
+    fedvtc,
+    pa3dfl,
+    pfedhr,
+)
 from acme_jax.methods.method import Method, MethodError
 
 METHODS: dict[str, Method] = {
@@ -24,6 +34,7 @@ METHODS: dict[str, Method] = {
         fedvtc.METHOD,
         pa3dfl.METHOD,
         fedmosaic.METHOD,
+        pfedhr.METHOD,
     )
 }
 

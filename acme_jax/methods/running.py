@@ -50,23 +50,26 @@ def run(method: Method, problem: Problem) -> Outcome:
 
     @jax.jit
     def rounds(server: Any, clients: Any, data: ClientData, key: Array) -> Any:
-        server, clients, _ = run_rounds(
+        server, clients, metrics = run_rounds(
             built.algorithm, server, clients, data, key, num_rounds=schedule.rounds, **options
         )
-        return server, clients
+        return server, clients, () if built.down_bytes is None else metrics.server
 
     arguments = replicate((built.server, built.clients, problem.data, problem.key), problem.mesh)
     with Stopwatch() as watch:
-        server, clients = jax.block_until_ready(rounds(*arguments))
-    up, down = _bytes(built, problem)
+        server, clients, metrics = jax.block_until_ready(rounds(*arguments))
+    up, down = _bytes(built, problem, jax.tree.map(np.asarray, metrics))
     steps = np.ceil(np.asarray(problem.data.size) / schedule.batch_size) * schedule.epochs
     samples = steps * schedule.batch_size * schedule.rounds
     seconds = watch.seconds - watch.compile_seconds
     return Outcome(server, clients, built, seconds, up, down, built.flops * samples)
 
 
-def _bytes(built: Built, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """What the first round really sends, encoded, times the rounds; and the setup."""
+def _bytes(built: Built, problem: Problem, metrics: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What the first round really sends, encoded, times the rounds; and the setup.
+
+    Where a method says what went down in all rounds, that counts.
+    """
     algorithm, schedule = built.algorithm, problem.schedule
     ids = jnp.arange(problem.num_clients, dtype=jnp.int32)
 
@@ -98,6 +101,9 @@ def _bytes(built: Built, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
             schedule.rounds * len(payload) + len(first)
             for payload, first in zip(each, once, strict=True)
         ]
+    if built.down_bytes is not None:
+        once = [len(_encoded(built.setup_down(row))) for row in range(problem.num_clients)]
+        sizes[1] = built.down_bytes(metrics) + np.asarray(once)
     return sizes[0], sizes[1]
 
 
