@@ -71,7 +71,8 @@ def build(problem: Problem, config: PfedhrConfig = CONFIG) -> Built:
         for place, stitch in enumerate(candidate.stitches):
             before, after = (chain.widths[int(candidate.owners[place + i]), place] for i in (0, 1))
             if candidate.bridged[place]:
-                payload += [stitch.kernel[:before, :after], stitch.bias[:after]]
+                kernel, bias = np.asarray(stitch.kernel), np.asarray(stitch.bias)
+                payload += [kernel[:before, :after], bias[:after]]
         return payload
 
     def logits(server: PfedhrServer, client: Any, row: Array, features: Array) -> Array:

@@ -102,8 +102,8 @@ def _bytes(built: Built, problem: Problem, metrics: Any) -> tuple[np.ndarray, np
             for payload, first in zip(each, once, strict=True)
         ]
     if built.down_bytes is not None:
-        once = [len(_encoded(built.setup_down(row))) for row in range(problem.num_clients)]
-        sizes[1] = built.down_bytes(metrics) + np.asarray(once)
+        setup = [len(_encoded(built.setup_down(row))) for row in range(problem.num_clients)]
+        sizes[1] = built.down_bytes(metrics) + np.asarray(setup)
     return sizes[0], sizes[1]
 
 
