@@ -3,7 +3,8 @@
     python scripts/make_results.py [EXPERIMENT ...] [--dataset fashion_mnist]
 
 The JSON is what `scripts/reproduce.py ... --out docs/results` writes. Each experiment has a module
-`results_EXPERIMENT` with TABLES, FIGURES and `claims`.
+`results_EXPERIMENT` with TABLES, FIGURES and `claims`; so has the comparison `components` of
+`scripts/compare_components.py`, whose JSON is components.json whatever its data set is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from results_claims import Claim
 from acme_jax.experiments.registry import EXPERIMENTS
 from acme_jax.plot_style import RC
 
+COMPONENTS = "components"
+ON_METHODS_PAGE = ("methods", COMPONENTS)
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
@@ -29,7 +32,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 class Arguments:
     """What to make."""
 
-    experiments: Annotated[tuple[str, ...], tyro.conf.Positional] = EXPERIMENTS
+    experiments: Annotated[tuple[str, ...], tyro.conf.Positional] = (*EXPERIMENTS, COMPONENTS)
     """Whose tables and pictures; the table of claims needs all of docs/RESULTS.md's."""
     dataset: str = "fashion_mnist"
     results: Path = DOCS / "results"
@@ -45,11 +48,12 @@ def load(directory: Path, experiment: str, dataset: str) -> dict[str, Any]:
       SystemExit: it is not there; says how to make it.
     """
     path = directory / f"{experiment}-{dataset}.json"
+    command = f"reproduce.py {experiment} --dataset {dataset} --out {directory}"
+    if experiment == COMPONENTS:
+        path = directory / f"{COMPONENTS}.json"
+        command = f"compare_components.py --out {path}"
     if not path.exists():
-        raise SystemExit(
-            f"error: {path} is missing; make it: python scripts/reproduce.py {experiment} "
-            f"--dataset {dataset} --out {directory}"
-        )
+        raise SystemExit(f"error: {path} is missing; make it: python scripts/{command}")
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -58,14 +62,15 @@ def source(document: dict[str, Any]) -> list[str]:
     """How one experiment's numbers came about."""
     commits = ", ".join(
         ("changed after " if "-dirty" in commit else "") + commit[:9]
-        for commit in document["commits"]
+        for commit in document.get("commits") or [document["commit"]]
     )
     hardware = document["hardware"]
+    packages = document.get("packages") or document["versions"]
     return [
         f"`{document['command']}`, {document['date']}, commit {commits}, "
         f"{document['seconds'] / 60 / len(document['seeds']):.1f} minutes a seed (the supernet's "
         f"training apart) on {hardware['cpu_cores']} cores of {hardware['cpu']}, JAX "
-        f"{document['versions']['jax']}."
+        f"{packages['jax']}."
     ]
 
 
@@ -87,7 +92,7 @@ def main() -> None:
     for name in arguments.experiments:
         document = load(arguments.results, name, arguments.dataset)
         module = importlib.import_module(f"results_{name}")
-        tables = methods if name == "methods" else results
+        tables = methods if name in ON_METHODS_PAGE else results
         tables[f"{name}_source"] = source(document)
         tables |= {title: table(document) for title, table in module.TABLES.items()}
         claims += module.claims(document)
@@ -95,7 +100,7 @@ def main() -> None:
             with mpl.rc_context(RC):
                 path = arguments.results / f"{title}.png"
                 draw(document).savefig(path, dpi=110, metadata={"Software": None})
-    if set(arguments.experiments) >= set(EXPERIMENTS) - {"methods"}:
+    if set(arguments.experiments) >= set(EXPERIMENTS) - set(ON_METHODS_PAGE):
         results["claims"] = claims_table(claims)
     if results:
         page.fill(arguments.pages / "RESULTS.md", results)
