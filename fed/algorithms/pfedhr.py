@@ -11,8 +11,10 @@ by the pure functions, not by this.
 
 Deviations. K is S - 1: candidates are a pair of units of one group and one unit of each other
 group, so with more groups there are none, and with fewer some layer is left out. Every model that
-was ever sent takes part, as last sent, not only those of the round. Where nothing can be put
-together, and in the first round, a client's own model as the round begins is its teacher.
+was ever sent takes part, as last sent, not only those of the round. Only stitches are fine-tuned
+unless `PfedhrConfig.tuned` says otherwise; the unlabelled variant (SimCLR) is not here. Where
+nothing can be put together, and in the first round, a client's own model as the round begins is
+its teacher.
 """
 
 from __future__ import annotations
