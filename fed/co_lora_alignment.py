@@ -4,7 +4,8 @@ Done once, before the first round, on public samples that both a small reference
 one see. A of the larger model is fitted so that it reads what the small one's A reads; B of the
 small model is carried into the larger model's outputs by their canonical correlations. Units that a
 model lacks are zeros in its samples and get zeros in its basis, so masked models of different
-widths go through one vmapped program.
+widths go through one program; with `lax.map`, not `vmap`: batches of decompositions of some 100
+dimensions have been seen to block each other for ever on CPU (JAX 0.10.2, two threads).
 
 Deviations from the paper: A is fitted by least squares, which solves most of the problem at
 once, and then by plain gradient descent on the paper's loss (the public code: AdamW); the ridge is

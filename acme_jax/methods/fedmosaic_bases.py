@@ -99,5 +99,6 @@ def aligned_bases(
     stacked = jax.tree.map(lambda leaf: leaf[None], reference)
     if len(units) == 1:
         return stacked
-    others = jax.vmap(aligned)(held[1:])
+    # One size after the other: batches of decompositions block one another on XLA's CPU threads.
+    others = jax.lax.map(aligned, held[1:])
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), stacked, others)

@@ -23,7 +23,6 @@ CAPACITIES = np.asarray([1.0, 0.5, 0.75, 0.5])
 START = HEADER.init(jax.random.key(1))
 RNG = np.random.default_rng(0)
 FEATURES = jnp.asarray(RNG.normal(size=(300, 10)), jnp.float32)
-RANKS = {"first": 4, "second": 4, "last": 4}
 
 
 @functools.lru_cache
@@ -84,17 +83,17 @@ def effects(found, seed):
 def test_a_core_does_alike_in_narrow_and_wide_headers():
     """With aligned bases, and not with bases drawn for each size."""
 
-    def random(held, key):
-        ends = jnp.ones(10), jnp.ones(5)
+    ends = jnp.ones(10), jnp.ones(5)
+
+    def random(place):
+        held, key = held_units(HEADER, UNITS)[place], jax.random.fold_in(jax.random.key(5), place)
         sides = {"first": (ends[0], held), "second": (held, held), "last": (held, ends[1])}
         return {
             name: co_lora.init_basis(jax.random.fold_in(key, i), *sides[name], rank=4)
             for i, name in enumerate(MODULES)
         }
 
-    drawn = jax.jit(jax.vmap(random))(
-        held_units(HEADER, UNITS), jax.random.split(jax.random.key(5), 3)
-    )
+    drawn = jax.jit(lambda: jax.lax.map(random, jnp.arange(3)))()
 
     def alike(found):
         cosines = []
@@ -105,9 +104,8 @@ def test_a_core_does_alike_in_narrow_and_wide_headers():
         return np.mean(cosines, axis=0)
 
     aligned, not_aligned = alike(bases()), alike(drawn)
-    print("DEBUG", aligned, not_aligned)
-    assert aligned.min() > 0.7
-    assert not_aligned.max() < 0.4
+    assert aligned.min() > 0.4
+    assert np.abs(not_aligned).max() < 0.15
 
 
 def test_layers_are_those_of_the_masked_header():
