@@ -138,15 +138,29 @@ def room_table(document: Document) -> list[str]:
 
 
 def figure(document: Document) -> Figure:
-    """Accuracy of every header over the backbones, one panel a kind."""
+    """Accuracy of every header over the backbones, one panel a kind.
+
+    The axis begins below the worst header; classifiers of slices may lie under it.
+    """
     drawn = Figure((WIDTH, 4.6), layout="constrained")
-    drawn.suptitle("Headers on frozen backbones of all sizes", x=0.01, ha="left")
+    drawn.suptitle(
+        "Headers on frozen backbones (own classifiers of slices: mostly below the picture)",
+        x=0.01, ha="left",
+    )  # fmt: skip
     axes = drawn.subplots(1, len(KINDS), sharey=True)
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
         _draw(axis, document, kind)
         axis.set_title(title)
         axis.set_xlabel("depth, width of the backbone")
         axis.grid(axis="y", color="#eeeeee")
+    trained = [
+        estimate(accuracy(document, place, header))
+        for kind in KINDS
+        for place in places(document, kind)
+        for header in (*FIXED, SEARCHED)
+    ]
+    lowest, highest = (pick(one.mean for one in trained) for pick in (min, max))
+    axes[0].set_ylim(100 * lowest - 4.0, 100 * highest + 3.0)
     axes[0].set_ylabel("test accuracy, %")
     handles, labels = axes[0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=6)
