@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,18 +71,17 @@ def difference(
     )
 
 
-def stage_seconds(document: Document, variant: str) -> list[float] | None:
-    """What the ablated stage costs in the full pipeline, seed by seed; None: nothing to speak of.
+def stage_seconds(document: Document, variant: str) -> float | None:
+    """What the ablated stage costs in the full pipeline; None: nothing to speak of.
 
-    A header search counts for one backbone, less what training the other header takes.
+    The least of the seeds, as other work on the machine only adds. A header search counts for one
+    backbone, less what training the other header takes.
     """
     if variant not in STAGE_SECONDS:
         return None
-    columns = [values(document, "full", name) for name in STAGE_SECONDS[variant]]
-    total = np.sum(columns, axis=0)
+    seconds = sum(min(values(document, "full", name)) for name in STAGE_SECONDS[variant])
     if variant in BASELINES:
-        total = total - np.asarray(values(document, variant, "header_seconds"))
-    seconds: list[float] = total.tolist()
+        seconds -= min(values(document, variant, "header_seconds"))
     return seconds
 
 
@@ -142,18 +140,16 @@ def headers_table(document: Document) -> list[str]:
             percent(estimate(values(document, variant, "header_select_accuracy"))),
             "" if variant == "full" else minus,
             f"{np.mean(values(document, variant, 'header_params')):,.0f}",
-            _seconds(values(document, variant, "header_seconds")),
+            _seconds(min(values(document, variant, "header_seconds"))),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def _seconds(of_seeds: list[float] | None) -> str:
-    if not of_seeds:
+def _seconds(value: float | None) -> str:
+    if value is None:
         return ""
-    value = estimate(of_seeds)
-    mean = f"{value.mean:.2g}" if abs(value.mean) < 10 else f"{value.mean:.0f}"
-    return mean if math.isnan(value.half_width) else f"{mean} ± {value.half_width:.2g}"
+    return f"{value:.2g}" if abs(value) < 10 else f"{value:.0f}"
 
 
 def differences_figure(document: Document) -> Figure:
