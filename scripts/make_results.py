@@ -95,7 +95,8 @@ def main() -> None:
         tables = methods if name in ON_METHODS_PAGE else results
         tables[f"{name}_source"] = source(document)
         tables |= {title: table(document) for title, table in module.TABLES.items()}
-        claims += module.claims(document)
+        seeds = " (one seed)" if len(document["seeds"]) == 1 else ""
+        claims += [claim._replace(ours=claim.ours + seeds) for claim in module.claims(document)]
         for title, draw in module.FIGURES.items():
             with mpl.rc_context(RC):
                 path = arguments.results / f"{title}.png"
