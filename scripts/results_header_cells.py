@@ -147,9 +147,9 @@ def room_table(document: Document) -> list[str]:
     ]
     for backbone, where in BACKBONES.items():
         told = agreement(document, backbone)
+        interval = "" if told.num < 2 else f" ± {told.half_width:.2f}"
         lines.append(
-            f"| {where} | {percent(spread(document, backbone))} "
-            f"| {told.mean:.2f} ± {told.half_width:.2f} |"
+            f"| {where} | {percent(spread(document, backbone))} | {told.mean:.2f}{interval} |"
         )
     return lines
 
