@@ -106,9 +106,17 @@ def document(
         "hardware": made["versions"]["hardware"],
         "seconds": seconds,
         "seeds": list(seeds),
-        "config": {name: part for name, part in config.to_dict().items() if name != "seed"},
+        "config": _config(config),
         "rows": rows,
     }
+
+
+def _config(config: Config) -> dict[str, Any]:
+    """All that rows depend on: without the seed, and without where things lie on this machine."""
+    data = dataclasses.replace(config.data, path=None)
+    compute = dataclasses.replace(config.compute, compilation_cache=None)
+    found = dataclasses.replace(config, data=data, compute=compute).to_dict()
+    return {name: part for name, part in found.items() if name != "seed"}
 
 
 def forget(experiments: Sequence[Experiment], seeds: Sequence[int], root: Path) -> None:

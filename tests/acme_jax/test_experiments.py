@@ -116,7 +116,10 @@ def test_a_stopped_experiment_goes_on_where_it_was(config, tmp_path):
     running.run_seed([experiment], config, tmp_path, reporter, stop)
     running.run_seed([experiment], config, tmp_path, reporter, stop)  # nothing is left to do
     assert calls == [(3, "a"), (3, "b")]
-    found = running.document(experiment, config, [3], tmp_path, "command")
+    cached = dataclasses.replace(config.compute, compilation_cache=str(tmp_path / "compiled"))
+    placed = dataclasses.replace(config, compute=cached)
+    found = running.document(experiment, placed, [3], tmp_path, "command")
+    assert str(tmp_path) not in json.dumps(found["config"])  # no place on this machine
     assert found["rows"] == [
         {"seed": 3, "unit": unit, "sub_networks": 4, "accuracy": 0.5} for unit in ("a", "b")
     ]
