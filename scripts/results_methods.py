@@ -112,7 +112,7 @@ def costs(document: Document) -> list[str]:
         rows.append(
             f"| {method.title} | "
             f"{percent(_mean(document, name, None, 'worst_tenth_accuracy'))} | {up / 1e3:,.1f} | "
-            f"{down / 1e3:,.1f} | {flops / 1e9:.2f} | {devices / seconds:,.0f} | "
+            f"{down / 1e3:,.1f} | {flops / 1e9:.2f} | {devices / seconds:.3g} | "
             f"{base_seconds / seconds:.2f} | {relative:.2f} | "
             f"{'yes' if method.serves_capacities else 'no'} |"
         )
