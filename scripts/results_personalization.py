@@ -261,24 +261,13 @@ def claims(document: Document) -> list[Claim]:
     for unit, name in GROUPS.items():
         least = min(PAPER_GAINS[unit])
         stated = " / ".join(f"+{gain}" for gain in PAPER_GAINS[unit])
-        equal = difference(document, unit, OURS)
-        found.append(
-            Claim(
-                f"ACME over no pruning, {name}, equal schedule",
-                stated,
-                percent(equal, signed=True),
-                gain_verdict(equal, least / 100),
-            )
-        )
-        theirs = difference(document, unit, OURS, UNEQUAL)
-        found.append(
-            Claim(
-                f"the same, no pruning as the original schedules it, {name}",
-                stated,
-                percent(theirs, signed=True),
-                gain_verdict(theirs, least / 100),
-            )
-        )
+        for text, rival in (
+            (f"ACME over no pruning, {name}, equal schedule", NO_PRUNING),
+            (f"the same, no pruning as the original schedules it, {name}", UNEQUAL),
+        ):
+            gain = difference(document, unit, OURS, rival)
+            verdict = gain_verdict(gain, least / 100)
+            found.append(Claim(text, stated, percent(gain, signed=True), verdict))
     every = signs(document, EXTENDED, RIVALS, DISTRIBUTIONS)
     found.append(
         _count("extended ACME best or tied with every rival", "goal", every, best_or_tied(every))

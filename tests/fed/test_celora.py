@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from two_tasks import CLASSES, D_IN, make_data
 
 from fed import cka, clients, gmm, simulate, transport, tri_matrix
 from fed.algorithms.celora import celora, data_similarity, mixing_weights
 from fed.algorithms.local import local
 from fed.traffic import Ledger
 
-RANK, D_IN, HIDDEN, CLASSES = 3, 6, 5, 4
+RANK, HIDDEN = 3, 5
 SCALE = 2.0
-SIZES = (30, 18, 24, 12)
 IDS = jnp.asarray([5, 1, 8, 2])
 KEY = jax.random.key(3)
 RNG = np.random.default_rng(0)
@@ -51,17 +51,6 @@ def loss_fn(params, batch, key):
     )
     loss = (losses * batch.weight).sum() / jnp.maximum(batch.weight.sum(), 1)
     return loss, {"loss": loss}
-
-
-def make_data(equal=False):
-    """Two clients with one labelling and two with another; or all the same samples."""
-    rng = np.random.default_rng(1)
-    teachers = rng.normal(size=(2, D_IN, CLASSES))
-    pairs = []
-    for client, size in enumerate(SIZES):
-        inputs = rng.normal(size=(size, D_IN)).astype(np.float32)
-        pairs.append((inputs, (inputs @ teachers[client % 2]).argmax(axis=1)))
-    return clients.stack_clients([pairs[0]] * 4 if equal else pairs)
 
 
 DATA = make_data()

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from two_tasks import CLASSES, D_IN, make_data
 
 from fed import clients, co_lora, gradient_sketch, simulate
 from fed.algorithms.fedmosaic import Adapters, MosaicUpdate, fedmosaic, start_clients
 from fed.clients import Batch
 from fed.traffic import Ledger
 
-RANK, D_IN, HIDDEN, CLASSES, SCALE = 3, 6, 8, 4, 2.0
+RANK, HIDDEN, SCALE = 3, 8, 2.0
 WIDTHS = (8, 5, 8, 4)
-SIZES = (30, 18, 24, 12)
 IDS = jnp.asarray([5, 1, 8, 2])
 KEY = jax.random.key(3)
 RNG = np.random.default_rng(0)
@@ -75,17 +75,6 @@ def client_states():
     gates = {"body": jnp.zeros((4, D_IN)), "head": jnp.zeros((4, HIDDEN))}
     adapters = Adapters(cores, cores, gates, (jax.vmap(own)(held), held))
     return start_clients(adapters, SHAPE, 4)
-
-
-def make_data(equal=False):
-    """Two clients with one labelling and two with another; or all the same samples."""
-    rng = np.random.default_rng(1)
-    teachers = rng.normal(size=(2, D_IN, CLASSES))
-    pairs = []
-    for client, size in enumerate(SIZES):
-        inputs = rng.normal(size=(size, D_IN)).astype(np.float32)
-        pairs.append((inputs, (inputs @ teachers[client % 2]).argmax(axis=1)))
-    return clients.stack_clients([pairs[0]] * 4 if equal else pairs)
 
 
 DATA = make_data()
